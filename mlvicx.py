@@ -1,0 +1,2194 @@
+"""MLVICX: multi-level variance-covariance exploration for chest X-rays, in one file.
+
+Two random views of an X-ray go through one ResNet. Context-bottleneck blocks (channel, then
+spatial attention) refine the maps of five levels. A *global* embedding comes from the pooled last
+map, a *multi-level* (local) one from all five maps; a VICReg loss on each trains the encoder:
+L = L_G + lambda * L_L. Paper: Singh, Gorade, Mishra, arXiv:2403.11504, IEEE JBHI 28(12), 2024.
+
+    python mlvicx.py pretrain                 # demo X-rays, drawn on first use; minutes on a CPU
+    python mlvicx.py classify --weights runs/demo/encoder.pt --labels 0.1
+    python mlvicx.py segment  --weights runs/demo/encoder.pt
+    python mlvicx.py bench                    # what each part costs
+
+Read top to bottom: blocks (3), encoder (4), projectors (5), model (6), losses (7), optimiser (8),
+data and views (9), pre-training (10), evaluation (11), command line (12). Letters in shapes:
+B images, C channels, H x W pixels, D embedding dimensions, K levels, S source size, F findings.
+`# Deviation:` marks each difference from the authors' code; README.md lists the same.
+"""
+# ---------------------------------------------------------------- 1. imports and constants
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  (gather with gradient)
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from sklearn.metrics import average_precision_score, roc_curve
+from torch import nn
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two processes on one run folder go unnoticed there
+    fcntl = None
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LEVELS = (1, 2, 3, 4, 5)
+XRAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+
+
+class UserError(ValueError):
+    """A request that cannot be met; the message is the one line that the user reads."""
+
+
+# ---------------------------------------------------------------- 2. configuration
+
+
+def _option(default, help, *choices, **extra):
+    """A dataclass field that carries its own command-line help."""
+    extra |= {"choices": choices} if choices else {}
+    return field(default=default, metadata={"help": help, **extra})
+
+
+def parse_levels(text):
+    """Levels as the command line writes them: "1,3,5" -> (1, 3, 5).
+
+    Raises: ValueError unless the levels are distinct numbers from 1 to 5.
+    """
+    levels = tuple(sorted(int(part) for part in text.split(",")))
+    if len(set(levels)) < len(levels) or not set(levels) <= set(LEVELS):
+        raise ValueError(f"expected distinct levels among 1,2,3,4,5, found {text!r}")
+    return levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every run has in common."""
+
+    data: str = _option("demo", "prepared set: a name under --data-root or a path")
+    data_root: str = _option("data", "where prepared sets live")
+    out: str = _option("", "run folder (default: runs/<data>...)")
+    size: int = _option(224, "side of the images that the network sees, in pixels")
+    batch_size: int = _option(64, "images a step, over all processes")
+    seed: int = _option(0, "decides initialisation, order, views and label subsets")
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N")
+    amp: str = _option("auto", "auto: bf16 on CUDA, off on a CPU", "auto", "off", "bf16", "fp16")
+    backbone: str = _option("resnet18", "encoder", "resnet18", "resnet34", "resnet50")
+    context: str = _option("inline", "where the blocks sit", "inline", "side", "none")
+    attention: str = _option("both", "steps of a block", "both", "channel", "spatial")
+    overwrite: bool = _option(False, "start again in a run folder that holds another run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """`pretrain`: the defaults are the recipe of the authors' code; PRESETS adapt it by dataset."""
+
+    data: str = _option("demo", "prepared set, or several joined by commas and pooled")
+    exclude_ids: str = _option("", "file of image names to leave out, one a line")
+    epochs: int = _option(300, "passes over the train and validation images")
+    lr: float = _option(0.2, "base learning rate for a batch of 256; scaled with the batch")
+    warmup_epochs: float = _option(2.0, "epochs of linear warm-up")
+    weight_decay: float = _option(1e-6, "LARS weight decay")
+    init: str = _option("random", "initial weights of the encoder", "random", "imagenet")
+    levels: tuple = _option(LEVELS, "levels that feed the multi-level head", type=parse_levels)
+    embedding_dim: int = _option(4096, "width of both projectors")
+    final_bn: bool = _option(True, "end the projectors in BatchNorm (authors); no: as VICReg")
+    local_weight: float = _option(1.0, "lambda of L = L_G + lambda L_L; 0 builds no local head")
+    sim_coeff: float = _option(25.0, "weight of the invariance term")
+    std_coeff: float = _option(25.0, "weight of the variance term")
+    cov_coeff: float = _option(1.0, "weight of the covariance term")
+    crop_min: float = _option(0.08, "smallest crop, as a share of the area; 1 removes crops")
+    flip: float = _option(0.5, "probability of a horizontal flip")
+    jitter: float = _option(0.4, "strength of brightness and contrast changes; 0 removes them")
+    blur: float = _option(2.0, "largest blur sigma, in pixels; 0 removes blur")
+    solarize: float = _option(0.2, "probability of solarizing view 2")
+    rotation: float = _option(0.0, "largest rotation, in degrees")
+    identical_views: bool = _option(False, "give both branches the same view")
+    knn_every: int = _option(5, "epochs between k-NN evaluations on validation labels; 0: never")
+    compile: bool = _option(False, "torch.compile the model")
+    deterministic: bool = _option(False, "bit-exact resume on CUDA too, at some cost in speed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(RunConfig):
+    """What `classify` and `segment` share; fine-tuning follows the authors' code."""
+
+    weights: str = _option("random", "random, imagenet, or encoder files joined by commas")
+    mode: str = _option("frozen", "train the head alone, or everything", "frozen", "finetune")
+    labels: float = _option(1.0, "share of the training patients whose labels are used")
+    seeds: int = _option(1, "repetitions, each with its own subset and initialisation")
+    epochs: int = _option(300, "most passes over the labelled images")
+    patience: int = _option(10, "epochs without a better validation score before stopping")
+    lr: float = _option(0.0003, "AdamW learning rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(EvalConfig):
+    """`classify`: linear probe on frozen features, or fine-tuning; `--predict` uses the result."""
+
+    predict: str = _option("", "folder of X-rays to score with --weights .../classifier.pt")
+    findings: str = _option("", "findings to judge, joined by commas (default: all)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(EvalConfig):
+    """`segment`: U-Net decoder on the five refined maps."""
+
+    batch_size: int = _option(16, "images a step")
+    lr: float = _option(0.001, "AdamW learning rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """`export`: the backbone as a plain torchvision state dict."""
+
+    weights: str = _option("", "encoder.pt of a pre-training")
+    out: str = _option("resnet.pth", "file to write")
+    drop_context: bool = _option(False, "write the backbone without its inline blocks all the same")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """`bench`: what each part costs, as ratios within one run."""
+
+    size: int = _option(224, "image side in pixels")
+    batch_size: int = _option(32, "images a step")
+    embedding_dim: int = _option(4096, "width of both projectors")
+    repeats: int = _option(3, "measurements of each part; the median counts")
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N")
+    amp: str = _option("off", "precision of the fast form", "off", "bf16", "fp16")
+    out: str = _option("", "JSON file to write")
+
+
+# Values that suit a dataset better than the defaults; a flag on the command line wins over both.
+PRESETS = {
+    ("pretrain", "demo"): {"size": 64, "epochs": 5, "lr": 2.0, "warmup_epochs": 0.5}
+    | {"embedding_dim": 512, "crop_min": 0.3, "blur": 0.6},
+    ("classify", "demo"): {"size": 64, "epochs": 20, "patience": 5},
+    ("segment", "demo"): {"size": 128, "epochs": 20, "patience": 5},
+}
+LOWEST = {"size": 32, "labels": 1e-9, "crop_min": 1e-9, "embedding_dim": 2, "batch_size": 1}
+LOWEST |= dict.fromkeys(("epochs", "seeds", "repeats", "patience"), 1)
+HIGHEST = {"size": 4096} | dict.fromkeys(("labels", "crop_min", "flip", "jitter", "solarize"), 1)
+
+
+def make_config(command, cls, given):
+    """Defaults of `cls`, then the preset of the dataset, then what the user gave.
+
+    Raises: UserError where a number makes no sense.
+    """
+    preset = PRESETS.get((command, Path(given.get("data", "demo")).name), {})
+    config = cls(**{**preset, **given})
+    for name, value in asdict(config).items():
+        low, high = LOWEST.get(name, 0), HIGHEST.get(name, math.inf)
+        if isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: expected a number from {low:g} to {high:g}, found {value}")
+    return config
+
+
+# ---------------------------------------------------------------- 3. context-bottleneck
+
+
+class ChannelAttention(nn.Module):
+    """Scales every channel by what its global average and maximum say about it.
+
+    Args:
+        channels: C; the shared bottleneck has C / 2 channels.
+    Input and output: (B, C, H, W).
+    Source: authors' code (the channel step of CBAM, arXiv:1807.06521, with reduction 2).
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, channels // 2, 1, bias=False)
+        self.expand = nn.Conv2d(channels // 2, channels, 1, bias=False)
+
+    def forward(self, x):
+        pooled = torch.stack([x.mean((2, 3)), x.amax((2, 3))])  # (B, C, H, W) -> (2, B, C)
+        hidden = F.relu(F.linear(pooled, self.reduce.weight.flatten(1)))
+        gate = F.linear(hidden.sum(0), self.expand.weight.flatten(1)).sigmoid()  # (B, C)
+        return x * gate[:, :, None, None]
+
+
+class SpatialAttention(nn.Module):
+    """Scales every position by what the mean and maximum over channels say around it.
+
+    Input and output: (B, C, H, W). `attention_map` gives the (B, 1, H, W) scale alone.
+    Source: authors' code (the spatial step of CBAM, arXiv:1807.06521).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def attention_map(self, x):
+        pooled = torch.stack([x.mean(1), x.max(1).values], 1)  # (B, C, H, W) -> (B, 2, H, W)
+        return self.conv(pooled).sigmoid()
+
+    def forward(self, x):
+        return x * self.attention_map(x)
+
+
+class ContextBottleneck(nn.Sequential):
+    """Channel attention, then spatial attention; no residual, no norm.
+
+    Args:
+        channels: C of the map.
+        attention: "both", or one step alone: "channel", "spatial".
+    Input and output: (B, C, H, W).
+    Needs: ChannelAttention, SpatialAttention. Source: summary of the paper; authors' code.
+    """
+
+    def __init__(self, channels, attention="both"):
+        super().__init__()
+        if attention not in ("both", "channel", "spatial"):
+            raise ValueError(f"expected attention both, channel or spatial, got {attention!r}")
+        if attention != "spatial":
+            self.channel = ChannelAttention(channels)
+        if attention != "channel":
+            self.spatial = SpatialAttention()
+
+
+# ---------------------------------------------------------------- 4. encoder
+
+
+class Encoder(nn.Module):
+    """A torchvision ResNet that returns its representation and the refined maps of five levels.
+
+    Args:
+        backbone: "resnet18", "resnet34" or "resnet50"; weights keep torchvision's names.
+        context: "inline" (authors' code): each refined map feeds the next stage, so the blocks are
+            part of the encoder. "side": a plain ResNet, whose maps are refined on the way out.
+            "none": no blocks.
+        attention: steps of each block, see ContextBottleneck.
+        levels: levels that get a block under "side"; "inline" has all five.
+    Input: (B, 3, H, W), or (B, 1, H, W) gray, repeated; H, W >= 32.
+    Returns: h (B, C5) and a list of five maps: at 224 px (B, 64, 112, 112), (B, 64, 56, 56),
+        (B, 128, 28, 28), (B, 256, 14, 14), (B, 512, 7, 7) for ResNet-18.
+    Needs: ContextBottleneck. Source: authors' code.
+    """
+
+    def __init__(self, backbone="resnet18", context="inline", attention="both", levels=LEVELS):
+        super().__init__()
+        if context not in ("inline", "side", "none"):
+            raise ValueError(f"expected context inline, side or none, got {context!r}")
+        net = getattr(torchvision.models, backbone)(weights=None)
+        for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
+            setattr(self, name, getattr(net, name))
+        width = net.fc.in_features
+        self.channels = (64, width // 8, width // 4, width // 2, width)
+        self.arch = dict(
+            backbone=backbone, context=context, attention=attention, levels=list(levels)
+        )
+        at = {"inline": LEVELS, "side": tuple(levels), "none": ()}[context]
+        self.context = nn.ModuleDict(
+            {str(k): ContextBottleneck(self.channels[k - 1], attention) for k in at}
+        )
+
+    def stage(self, level, x):
+        """The ResNet's own map of one level, from the map below (level 1: from the image)."""
+        if level == 1:
+            return F.relu(self.bn1(self.conv1(x)), inplace=True)
+        if level == 2:
+            x = F.max_pool2d(x, 3, 2, 1)
+        return getattr(self, f"layer{level - 1}")(x)
+
+    def forward(self, x):
+        if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 32:
+            raise ValueError(f"expected (B, 1 or 3, >=32, >=32), got {tuple(x.shape)}")
+        x = x.expand(-1, 3, -1, -1)
+        maps = []
+        for level in LEVELS:
+            x = self.stage(level, x)
+            refined = self.context[str(level)](x) if str(level) in self.context else x
+            maps.append(refined)
+            if self.arch["context"] == "inline":
+                x = refined
+        return x.mean((2, 3)), maps  # (B, C5, H, W) -> (B, C5)
+
+    def backbone_state(self):
+        """State dict of the ResNet alone, under torchvision's names."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("context.")}
+
+
+# ---------------------------------------------------------------- 5. projectors
+
+
+def projector_mlp(inputs, width, final_bn=True):
+    """Three linear layers to a `width`-dimensional embedding: (B, inputs) -> (B, width).
+
+    Args:
+        final_bn: end in BatchNorm, as the authors' code does. A batch that leaves it has a standard
+            deviation of sqrt(B / (B - 1)) > 1, so the variance hinge is silent at first; it acts
+            once a BatchNorm weight falls below 1 or the variance before it nears epsilon. False is
+            VICReg's own ending, a bias-free linear layer, on which the hinge acts from the start.
+    Source: authors' code; VICReg (arXiv:2105.04906), section 4.2.
+    """
+    layers = []
+    for fan_in in (inputs, width):
+        layers += [nn.Linear(fan_in, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+    last = [nn.Linear(width, width, bias=final_bn)] + [nn.BatchNorm1d(width)] * final_bn
+    return nn.Sequential(*layers, *last)
+
+
+class GlobalProjector(nn.Module):
+    """Embeds the pooled representation: h (B, C5) -> z_global (B, D).
+
+    Needs: projector_mlp. Source: authors' code.
+    """
+
+    def __init__(self, channels=512, embedding_dim=4096, final_bn=True):
+        super().__init__()
+        self.mlp = projector_mlp(channels, embedding_dim, final_bn)
+
+    def forward(self, h):
+        return self.mlp(h)
+
+
+def aggregate_literal(maps, convs, resolution=64, grid=4):
+    """The multi-level map by its definition: resize, 1x1 convolution, sum, average pool.
+
+    Args:
+        maps: K tensors (B, C_k, H_k, W_k).
+        convs: K 1x1 convolutions C_k -> C.
+        resolution: side to which every map is resized (bilinear).
+        grid: side of the pooled result.
+    Returns: (B, C, grid, grid).
+    Source: authors' code. `aggregate` gives the same, several times faster.
+    """
+    total = 0
+    for m, conv in zip(maps, convs, strict=True):
+        m = F.interpolate(m, size=(resolution, resolution), mode="bilinear", align_corners=False)
+        total = total + conv(m)  # (B, C_k, 64, 64) -> (B, C, 64, 64)
+    return F.adaptive_avg_pool2d(total, grid)
+
+
+def pool_matrix(side, resolution=64, grid=4, like=None):
+    """(grid, side) matrix: bilinear resize of `side` values to `resolution`, then average pool."""
+    eye = torch.eye(side, dtype=like.dtype, device=like.device)[None]  # (1, side, side)
+    resized = F.interpolate(eye, size=resolution, mode="linear", align_corners=False)
+    return F.adaptive_avg_pool1d(resized, grid)[0].T
+
+
+def aggregate(maps, convs, resolution=64, grid=4):
+    """`aggregate_literal` exactly, with every map pooled before its convolution.
+
+    Resize, 1x1 convolution, sum and average pool are linear and act on different axes, so they
+    commute: the chain is sum_k conv_k(P_k map_k Q_k'), a convolution of 16 positions, not 4096.
+
+    Args, Returns: as `aggregate_literal`. Needs: pool_matrix.
+    """
+    # Deviation: same value and gradients as the authors' order of operations, at a lower cost.
+    total = 0
+    for m, conv in zip(maps, convs, strict=True):
+        rows = pool_matrix(m.shape[2], resolution, grid, m)
+        cols = pool_matrix(m.shape[3], resolution, grid, m)
+        both = torch.einsum("ih,jw->hwij", rows, cols).reshape(m.shape[2] * m.shape[3], -1)
+        if m.is_contiguous():
+            pooled = m.flatten(2) @ both  # (B, C_k, H W) -> (B, C_k, 16)
+        else:  # channels-last memory: the same product without a copy
+            flat = m.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C_k)
+            pooled = torch.bmm(both.T.expand(len(m), -1, -1), flat).transpose(1, 2)
+        weight = conv.weight.flatten(1)
+        total = total + F.linear(pooled.transpose(1, 2), weight, conv.bias)  # (B, 16, C)
+    return total.transpose(1, 2).unflatten(2, (grid, grid))
+
+
+class LocalProjector(nn.Module):
+    """Embeds the maps of several levels together: K maps -> z_local (B, D).
+
+    Args:
+        channels: C_k of each map that will come in.
+        hidden: channels of the common map.
+        grid: side of the pooled common map, flattened to hidden * grid * grid inputs of the MLP.
+    Needs: aggregate, projector_mlp. Source: authors' code.
+    """
+
+    def __init__(
+        self,
+        channels=(64, 64, 128, 256, 512),
+        embedding_dim=4096,
+        final_bn=True,
+        hidden=512,
+        grid=4,
+    ):
+        super().__init__()
+        # Deviation: built here, so that they are trained; the authors' code creates them in the
+        # first forward pass, after the optimiser has been given its parameters.
+        self.convs = nn.ModuleList(nn.Conv2d(c, hidden, 1) for c in channels)
+        self.grid = grid
+        self.mlp = projector_mlp(hidden * grid * grid, embedding_dim, final_bn)
+
+    def forward(self, maps):
+        return self.mlp(aggregate(maps, self.convs, grid=self.grid).flatten(1))
+
+
+# ---------------------------------------------------------------- 6. model
+
+
+class MLVICX(nn.Module):
+    """Encoder and both projectors; two views in, embeddings out.
+
+    Args:
+        local: build the multi-level head. Without it, and with context "none" and final_bn False,
+            this is VICReg.
+        levels: levels whose maps feed the multi-level head.
+        The rest: see Encoder and projector_mlp.
+    Input: view1, view2 (B, 3, H, W).
+    Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second None without head.
+    Needs: Encoder, GlobalProjector, LocalProjector.
+    """
+
+    def __init__(
+        self,
+        backbone="resnet18",
+        context="inline",
+        attention="both",
+        levels=LEVELS,
+        embedding_dim=4096,
+        final_bn=True,
+        local=True,
+    ):
+        super().__init__()
+        if context == "side" and not local:
+            raise ValueError(
+                "context side without a local head: nothing trains the blocks; use none"
+            )
+        self.encoder = Encoder(backbone, context, attention, levels)
+        self.levels = tuple(levels)
+        self.global_head = GlobalProjector(self.encoder.channels[-1], embedding_dim, final_bn)
+        channels = [self.encoder.channels[k - 1] for k in self.levels]
+        self.local_head = LocalProjector(channels, embedding_dim, final_bn) if local else None
+
+    def embed(self, view):
+        """(B, 3, H, W) -> z_global (B, D) and z_local (B, D) or None."""
+        h, maps = self.encoder(view)
+        local = self.local_head and self.local_head([maps[k - 1] for k in self.levels])
+        return self.global_head(h), local
+
+    def forward(self, view1, view2):
+        # One pass a view, not one over both: BatchNorm sees the statistics of a single view.
+        (g1, l1), (g2, l2) = self.embed(view1), self.embed(view2)
+        return (g1, g2), (None if l1 is None else (l1, l2))
+
+
+# ---------------------------------------------------------------- 7. losses
+
+
+def _centred(z):
+    """Embeddings minus their mean over the batch, in float32 at least."""
+    if z.ndim != 2 or len(z) < 2:
+        raise ValueError(f"expected (B >= 2, D) embeddings, got {tuple(z.shape)}")
+    z = z if z.dtype == torch.float64 else z.float()
+    return z - z.mean(0)
+
+
+def invariance_loss(z1, z2):
+    """Mean squared distance between the embeddings of two views.
+
+    Args:
+        z1, z2: (B, D), any float dtype; computed in float32 (float64 stays).
+    Returns: scalar tensor. Raises: ValueError if the shapes differ.
+    Source: VICReg (arXiv:2105.04906), eq. 5, averaged over D too (authors' code).
+    """
+    if z1.shape != z2.shape:
+        raise ValueError(f"expected two equal shapes, got {tuple(z1.shape)}, {tuple(z2.shape)}")
+    dtype = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    return F.mse_loss(z1.to(dtype), z2.to(dtype))
+
+
+def variance_loss(z, gamma=1.0, eps=1e-4):
+    """Hinge that keeps the standard deviation of every embedding dimension above `gamma`.
+
+    Args:
+        z: (B, D) embeddings of one view, any float dtype; computed in float32 (float64 stays).
+        gamma: target standard deviation, in embedding units.
+        eps: added to the variance, so that the root has a gradient at zero.
+    Returns: scalar tensor in [0, gamma].
+    Raises: ValueError if B < 2 or z is not 2-D; the message holds the shape received.
+    Needs: _centred. Source: VICReg (arXiv:2105.04906), eq. 1.
+    """
+    zc = _centred(z)
+    variance = zc.square().sum(0) / (len(zc) - 1)  # (B, D) -> (D,), unbiased
+    return F.relu(gamma - (variance + eps).sqrt()).mean()
+
+
+def covariance_literal(z):
+    """The covariance term by its definition: the D x D matrix, squared, minus its diagonal.
+
+    Args:
+        z: (B, D) embeddings of one view.
+    Returns: scalar tensor, sum over i != j of cov_ij^2, divided by D.
+    Needs: _centred. Source: VICReg (arXiv:2105.04906), eq. 3 and 4.
+    """
+    zc = _centred(z)
+    cov = zc.T @ zc / (len(zc) - 1)  # (D, D)
+    return (cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1]
+
+
+def covariance_loss(z):
+    """`covariance_literal` exactly, from the smaller of the two Gram matrices.
+
+    ||zc' zc||_F^2 = ||zc zc'||_F^2, and the diagonal of the first is the variance: for B < D the
+    D x D matrix is never built.
+
+    Args:
+        z: (B, D) embeddings of one view, any float dtype; computed in float32 (float64 stays).
+    Returns: scalar tensor. Raises: ValueError if B < 2 or z is not 2-D.
+    Needs: _centred. Source: VICReg (arXiv:2105.04906), eq. 3 and 4.
+    """
+    # Deviation: same value as the authors' D x D matrix and mask, which overflow in float16.
+    with torch.autocast(z.device.type, enabled=False):
+        zc = _centred(z) / math.sqrt(len(z) - 1)
+        gram = zc @ zc.T if len(zc) < zc.shape[1] else zc.T @ zc
+        variance = zc.square().sum(0)  # (D,)
+        return (gram.square().sum() - variance.square().sum()) / zc.shape[1]
+
+
+def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0):
+    """Invariance, variance and covariance of one pair of embeddings.
+
+    Args:
+        z1, z2: (B, D) embeddings of the two views.
+        sim_coeff, std_coeff, cov_coeff: alpha, beta, gamma of the paper.
+    Returns: the loss, and its parts {"invariance", "variance", "covariance"}, unweighted.
+    Needs: invariance_loss, variance_loss, covariance_loss. Source: VICReg, eq. 6; authors' code
+        (variance averaged over the two views, covariance summed).
+    """
+    parts = {
+        "invariance": invariance_loss(z1, z2),
+        "variance": (variance_loss(z1) + variance_loss(z2)) / 2,
+        "covariance": covariance_loss(z1) + covariance_loss(z2),
+    }
+    weights = (sim_coeff, std_coeff, cov_coeff)
+    return sum(w * part for w, part in zip(weights, parts.values(), strict=True)), parts
+
+
+def mlvicx_loss(z_global, z_local=None, local_weight=1.0, **coefficients):
+    """L = L_G + lambda * L_L.
+
+    Args:
+        z_global: the pair of (B, D) global embeddings.
+        z_local: the pair of multi-level embeddings, or None.
+        local_weight: lambda.
+        coefficients: of `vicreg_loss`.
+    Returns: the loss, and a dict of detached scalars: "loss", "loss_global", "loss_local" and every
+        part as "global_invariance", ...
+    Needs: vicreg_loss. Source: summary of the paper; authors' code (lambda = 1).
+    """
+    total, parts = vicreg_loss(*z_global, **coefficients)
+    log = {"loss_global": total} | {f"global_{k}": v for k, v in parts.items()}
+    if z_local is not None:
+        local, parts = vicreg_loss(*z_local, **coefficients)
+        log |= {"loss_local": local} | {f"local_{k}": v for k, v in parts.items()}
+        total = total + local_weight * local
+    return total, {k: v.detach() for k, v in ({"loss": total} | log).items()}
+
+
+# ---------------------------------------------------------------- 8. optimiser and schedule
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled, layer by layer, to the norm of the weights.
+
+    Args:
+        params: parameters; those of one dimension get neither weight decay nor adaptation.
+        lr: learning rate.
+        weight_decay, momentum, trust: as in the paper.
+    Source: arXiv:1708.03888; authors' code (momentum 0.9, trust 0.001, weight decay 1e-6).
+    """
+
+    def __init__(self, params, lr=0.2, weight_decay=1e-6, momentum=0.9, trust=0.001):
+        super().__init__(
+            params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients, which it may change; foreach: few kernels, no sync."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for adapt in (True, False):
+                subset = [p for p in params if (p.ndim > 1) == adapt]
+                if subset:
+                    self._update(subset, group, adapt)
+
+    def _update(self, params, group, adapt):
+        """The update of the parameters that are (or are not) adapted."""
+        grads = [p.grad for p in params]
+        if adapt:
+            torch._foreach_add_(grads, params, alpha=group["weight_decay"])
+            p_norm = torch.stack(torch._foreach_norm(params))
+            g_norm = torch.stack(torch._foreach_norm(grads))
+            ratio = group["trust"] * p_norm / g_norm
+            ratio = torch.where((p_norm > 0) & (g_norm > 0), ratio, torch.ones_like(ratio))
+            torch._foreach_mul_(grads, list(ratio.unbind()))
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, grads)
+        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def cosine_schedule(step, total, warmup, base, floor=0.001):
+    """Learning rate of one step: linear warm-up, then a cosine to exactly `floor * base`.
+
+    Args:
+        step: 0 ... total - 1; the last step has the floor itself.
+        warmup: steps of warm-up; the first has base / warmup.
+        floor: as a share of `base`.
+    Source: VICReg (arXiv:2105.04906), section 4.2; authors' code.
+    """
+    if step < warmup:
+        return base * (step + 1) / warmup
+    progress = (step - warmup) / max(total - 1 - warmup, 1) if total > 1 else 1.0
+    return base * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+
+
+# ---------------------------------------------------------------- 9. data and views
+
+
+def generator(*keys):
+    """A CPU random generator that is a function of its keys alone, such as (seed, "views", step)."""
+    digest = hashlib.sha256(repr(keys).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class PreparedData:
+    """A folder that data_prep.py has written: images on disk, labels in memory.
+
+    Args:
+        data: name under `root`, or a path.
+    Attributes: images, masks (or None): uint8 (N, S, S) tensors over a memory map; labels: float32
+        (N, F), NaN where unknown; findings: F names; patient, split, names: (N,) arrays; has_mask:
+        (N,) bool; meta: dict of meta.json; size: S.
+    Raises: UserError if the folder is missing or incomplete, or a patient is in two splits.
+    """
+
+    def __init__(self, data, root="data"):
+        self.folder = Path(data) if Path(data).is_dir() else Path(root) / data
+        known = sorted(p.parent.name for p in Path(root).glob("*/meta.json"))
+        if not (self.folder / "meta.json").is_file():
+            state = "is incomplete (no meta.json)" if self.folder.is_dir() else "does not exist"
+            raise UserError(
+                f"looked for prepared data in {self.folder}: it {state}; prepared under {root}: "
+                f"{', '.join(known) or 'nothing'}; next: python data_prep.py --help"
+            )
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text())
+            self.images = self._map("images.npy")
+            table = pd.read_csv(self.folder / "labels.csv", dtype={"image": str, "patient": str})
+            self.findings = list(self.meta["findings"])
+            self.labels = torch.from_numpy(table[self.findings].to_numpy(np.float32, copy=True))
+            self.names, self.patient, self.split = (
+                table[c].to_numpy() for c in ("image", "patient", "split")
+            )
+        except (ValueError, KeyError, OSError) as e:
+            raise UserError(
+                f"{self.folder} does not read as prepared data ({e}); prepare it again"
+            ) from e
+        self.size, self.masks = self.images.shape[1], None
+        self.has_mask = np.zeros(len(table), bool)
+        if (self.folder / "masks.npy").exists():
+            self.masks = self._map("masks.npy")
+            self.has_mask = table["has_mask"].to_numpy() == 1
+        counts = {len(self.images), len(table), self.meta["images"]}
+        if len(counts) > 1 or not len(table):
+            raise UserError(f"{self.folder}: images, rows and meta.json count {sorted(counts)}")
+        pairs = table[["patient", "split"]].drop_duplicates()
+        twice = pairs["patient"][pairs["patient"].duplicated()].tolist()
+        if twice:
+            raise UserError(
+                f"{self.folder}: patient {twice[0]} is in two splits ({len(twice)} are)"
+            )
+
+    def _map(self, name):
+        """A uint8 tensor over the file, copy-on-write: nothing is read yet, nothing is written."""
+        return torch.from_numpy(np.load(self.folder / name, mmap_mode="c"))
+
+    def indices(self, *splits):
+        """Rows of the named splits, in file order: (n,) int64 tensor."""
+        return torch.from_numpy(np.flatnonzero(np.isin(self.split, splits)))
+
+    def boxes(self):
+        """boxes.csv as a table, in prepared pixels; None where the set has none."""
+        path = self.folder / "boxes.csv"
+        return pd.read_csv(path, dtype={"image": str}) if path.exists() else None
+
+
+def gather_images(sets, rows, resident=None):
+    """Images of pooled sets: rows (B,) count through the sets one after another -> (B, S, S) uint8."""
+    if resident is not None:
+        return resident[rows.to(resident.device)]
+    if len(sets) == 1:
+        return sets[0].images[rows]
+    starts = np.cumsum([0] + [len(s.images) for s in sets])
+    out = torch.empty(len(rows), *sets[0].images.shape[1:], dtype=torch.uint8)
+    for s, start in zip(sets, starts, strict=False):
+        here = (rows >= start) & (rows < start + len(s.images))
+        out[here] = s.images[rows[here] - start]
+    return out
+
+
+def prefetch(load, items):
+    """Yields load(item) for every item, the next one being read while the caller works."""
+    with ThreadPoolExecutor(1) as pool:
+        queue = deque()
+        for item in items:
+            queue.append(pool.submit(load, item))
+            if len(queue) > 1:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
+def resize_matrix(start, length, source, size, flip=None):
+    """Crop and antialiased bicubic resize along one axis, as one matrix an image.
+
+    Args:
+        start, length: (B,) first pixel and number of pixels of the crop.
+        source: pixels of the uncropped axis. size: pixels of the result.
+        flip: (B,) bool, mirror the result; or None.
+    Returns: float32 (B, size, source), rows summing to 1: A @ image @ B.T crops and resizes.
+    Source: torchvision's antialiased resize (cubic with a = -0.5), which it equals to 1e-5.
+    """
+    scale = (length / size)[:, None]  # (B, 1)
+    stretch = scale.clamp(min=1)
+    out = torch.arange(size, device=start.device)
+    out = out if flip is None else torch.where(flip[:, None], size - 1 - out, out)
+    center = (out + 0.5) * scale  # (B, size), in pixels of the crop
+    first = (center - 2 * stretch + 0.5).floor().clamp(min=0)
+    last = torch.minimum((center + 2 * stretch + 0.5).floor(), length[:, None])
+    taps = torch.arange(int(4 * max(1, source / size)) + 2, device=start.device)
+    pixel = first[..., None] + taps  # (B, size, T)
+    x = ((pixel + 0.5 - center[..., None]) / stretch[..., None]).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weight = torch.where(x < 1, near, far) * ((x < 2) & (pixel < last[..., None]))
+    weight = weight / weight.sum(-1, keepdim=True)
+    index = (pixel + start[:, None, None]).clamp(max=source - 1).long()
+    return weight.new_zeros(len(start), size, source).scatter_add_(2, index, weight)
+
+
+def resize_images(images, size):
+    """Whole images, antialiased bicubic: uint8 (B, S, S) -> float32 (B, size, size) in [0, 1]."""
+    x = images.float() / 255
+    if x.shape[-1] == size:
+        return x
+    whole = torch.tensor([x.shape[-1]], device=x.device)
+    matrix = resize_matrix(torch.zeros_like(whole), whole, x.shape[-1], size)[0]
+    return (matrix @ x @ matrix.T).clamp(0, 1)
+
+
+def normalise(x):
+    """Gray (B, H, W) in [0, 1] -> (B, 3, H, W) with ImageNet's mean and standard deviation."""
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (x[:, None] - mean) / std
+
+
+def warp(x, angle, scale=None, shift=None, mode="bilinear"):
+    """Rotates (degrees, counter-clockwise), scales and shifts (share of the side) (B, H, W) images."""
+    cos, sin = torch.cos(angle.deg2rad()), torch.sin(angle.deg2rad())
+    zero = torch.zeros_like(angle)
+    dx, dy = (zero, zero) if shift is None else shift
+    theta = torch.stack([cos, -sin, 2 * dx, sin, cos, 2 * dy], 1).unflatten(1, (2, 3))
+    theta = theta if scale is None else theta / scale[:, None, None]
+    grid = F.affine_grid(theta.to(x), [len(x), 1, *x.shape[1:]], align_corners=False)
+    return F.grid_sample(x[:, None], grid, mode=mode, align_corners=False)[:, 0]
+
+
+@dataclass
+class RandomViews:
+    """Two random views of every image, VICReg's asymmetric recipe on gray images, batched.
+
+    Crop, flip and antialiased bicubic resize are one pair of small matrices A x B'; then
+    brightness and contrast (probability 0.8, in random order), blur (23 taps; always on view 1,
+    with probability 0.1 on view 2), solarize (view 2); rotation comes first of all. Parameters are
+    drawn for each image on the CPU, so that they depend on the generator alone.
+
+    Args:
+        size: side of the views. crop_min: smallest area share. flip: probability. jitter: strength.
+        blur: largest sigma in pixels (smallest 0.1). solarize: probability. rotation: degrees.
+        identical_views: view 2 is view 1.
+    Call: (images (B, S, S) uint8, generator) -> view1, view2 (B, 3, size, size) normalised.
+    Needs: resize_matrix, warp, normalise. Source: authors' code (from VICReg).
+    """
+
+    # Deviation: one gray channel; the authors' hue, saturation and grayscale steps change nothing
+    # on an image whose three channels are equal.
+
+    size: int
+    crop_min: float = 0.08
+    flip: float = 0.5
+    jitter: float = 0.4
+    blur: float = 2.0
+    solarize: float = 0.2
+    rotation: float = 0.0
+    identical_views: bool = False
+
+    def draw(self, batch, source, generator):
+        """Parameters of both views: a dict of (2, batch) tensors, from the generator alone."""
+
+        def uniform(low, high, *shape):
+            return low + (high - low) * torch.rand(2, batch, *shape, generator=generator)
+
+        area = source**2 * uniform(self.crop_min, 1, 10)  # ten attempts, as in torchvision
+        ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+        width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        fits = (width <= source) & (height <= source) & (torch.minimum(width, height) > 0)
+        first = fits.float().argmax(-1, keepdim=True)
+        width, height = (
+            torch.where(fits.any(-1), v.gather(-1, first)[..., 0], torch.tensor(float(source)))
+            for v in (width, height)
+        )
+        chance = torch.tensor([[1.0], [0.1]]) if self.blur > 0 else torch.zeros(2, 1)
+        jittered = uniform(0, 1) < 0.8
+        low, high = max(0.0, 1 - self.jitter), 1 + self.jitter
+        p = dict(
+            top=(uniform(0, 1) * (source - height + 1)).floor(),
+            left=(uniform(0, 1) * (source - width + 1)).floor(),
+            height=height,
+            width=width,
+            flip=uniform(0, 1) < self.flip,
+            angle=uniform(-self.rotation, self.rotation),
+            brightness=torch.where(jittered, uniform(low, high), torch.ones(2, batch)),
+            contrast=torch.where(jittered, uniform(low, high), torch.ones(2, batch)),
+            brightness_first=uniform(0, 1) < 0.5,
+            blurred=uniform(0, 1) < chance,
+            sigma=uniform(0.1, max(self.blur, 0.1)),
+            solarized=uniform(0, 1) < torch.tensor([[0.0], [self.solarize]]),
+        )
+        return {k: v[:1].expand(2, -1) for k, v in p.items()} if self.identical_views else p
+
+    def render(self, images, p):
+        """One view: (B, S, S) images and (B,) parameters -> (B, size, size) in [0, 1]."""
+        blurred = p["blurred"].nonzero()[:, 0]  # on the CPU: no synchronisation
+        rotated = bool((p["angle"] != 0).any())
+        p = {k: v.to(images.device, non_blocking=True) for k, v in p.items()}
+        x, source = images.float() / 255, images.shape[-1]
+        if rotated:
+            x = warp(x, p["angle"])
+        rows = resize_matrix(p["top"], p["height"], source, self.size)
+        cols = resize_matrix(p["left"], p["width"], source, self.size, p["flip"])
+        x = (rows @ x @ cols.mT).clamp_(0, 1)  # (B, S, S) -> (B, size, size)
+        if self.jitter > 0:
+            one = torch.ones_like(p["brightness"])
+            before = torch.where(p["brightness_first"], p["brightness"], one)[:, None, None]
+            after = torch.where(p["brightness_first"], one, p["brightness"])[:, None, None]
+            contrast = p["contrast"][:, None, None]
+            x = x.mul_(before).clamp_(0, 1)
+            offset = (1 - contrast) * x.mean((1, 2), keepdim=True)
+            x = torch.addcmul(offset, x, contrast).clamp_(0, 1).mul_(after).clamp_(0, 1)
+        if len(blurred):
+            blurred = blurred.to(x.device, non_blocking=True)
+            g = blur_matrix(p["sigma"][blurred], self.size)
+            x[blurred] = g @ x[blurred] @ g.mT
+        flip_tone = p["solarized"][:, None, None] & (x >= 128 / 255)
+        return torch.where(flip_tone, 1 - x, x)
+
+    def __call__(self, images, generator=None, params=None):
+        params = params or self.draw(len(images), images.shape[-1], generator)
+        first, second = ({k: v[i] for k, v in params.items()} for i in (0, 1))
+        view1 = normalise(self.render(images, first))
+        return view1, (view1 if self.identical_views else normalise(self.render(images, second)))
+
+
+def blur_matrix(sigma, size, taps=23):
+    """Gaussian blur along one axis, edges reflected: sigma (B,) in pixels -> (B, size, size)."""
+    reach = min(taps, 2 * size - 1) // 2
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)  # (B, taps)
+    eye = F.pad(torch.eye(size, device=sigma.device)[:, None], (reach, reach), mode="reflect")
+    return F.conv1d(eye, kernel[:, None]).permute(1, 2, 0)  # (size, B, size) -> (B, size, size)
+
+
+# ---------------------------------------------------------------- 10. pre-training
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary file that takes the place of `path` as a whole, or not at all."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    try:
+        with open(temporary, "w+b") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sha256(f, end):
+    """Hex digest of the first `end` bytes of an open file, then two zero bytes."""
+    sha = hashlib.sha256()
+    f.seek(0)
+    for chunk in iter(lambda: f.read(min(1 << 20, end - f.tell())), b""):
+        sha.update(chunk)
+    sha.update(b"\0\0")
+    return sha.hexdigest().encode()
+
+
+def save_checkpoint(path, state, keep_previous=False):
+    """Writes tensors and plain values so that a kill at any instant leaves a whole file.
+
+    The SHA-256 of the archive stands in its zip comment, which torch.load ignores. Order: temporary
+    file, flush, fsync, rename; with `keep_previous` the old file stays as previous.pt.
+    """
+    path = Path(path)
+    with replacing(path) as f:
+        torch.save(state, f)
+        end = f.seek(0, 2) - 2  # an archive ends in the length of its comment: two zero bytes
+        digest = _sha256(f, end)
+        f.seek(end)
+        f.write(len(digest).to_bytes(2, "little") + digest)
+        f.flush()
+        os.fsync(f.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, path.with_name("previous.pt"))
+
+
+def load_checkpoint(path):
+    """Reads what `save_checkpoint` wrote, after checking its hash; runs no pickled code.
+
+    Raises: UserError if the file is missing, damaged, or not one of ours.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"looked for a weight file at {path}: there is none")
+    with open(path, "rb") as f:
+        end = max(f.seek(0, 2) - 66, 0)
+        f.seek(end + 2)
+        if f.read() != _sha256(f, end):
+            raise UserError(f"{path} is damaged, or not written by this program: SHA-256 differs")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # whatever a hostile archive makes the reader raise
+        raise UserError(f"{path} does not load: {str(e).splitlines()[0]}") from e
+
+
+def load_weights(module, state, path):
+    """`load_state_dict` that must fit; raises UserError naming the file and the first key."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(f"{path} is of another architecture: {reason}") from e
+
+
+@contextlib.contextmanager
+def open_run(config, default, datasets):
+    """Makes or reopens a run folder, locked against a second process; yields its path.
+
+    A folder that holds a run with other settings is refused until `overwrite`. config.json keeps
+    the settings, data hashes, versions and command.
+    """
+    folder = Path(config.out or Path("runs") / default)
+    free = ("out", "overwrite", "device", "data_root")  # do not change what is computed
+    settings = {k: v for k, v in asdict(config).items() if k not in free}
+    settings["data_sha256"] = [d.meta["images_sha256"] for d in datasets]
+    settings, record = json.loads(json.dumps(settings)), folder / "config.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another process; give another --out") from None
+        ours = [p for p in folder.iterdir() if p.name != "lock"]
+        if record.exists() and not config.overwrite:
+            found = json.loads(record.read_text())["settings"]
+            for key in (k for k in settings if found.get(k) != settings[k]):
+                raise UserError(
+                    f"{folder} holds a run with {key} = {found.get(key)}, now {settings[key]}; "
+                    "give --overwrite to start again, or another --out"
+                )
+        elif ours and not record.exists():
+            raise UserError(f"{folder} holds files that are not of a run; give another --out")
+        else:
+            for path in ours:
+                path.unlink()
+            about = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+            about |= {"settings": settings, "command": sys.argv, "machine": platform.platform()}
+            with replacing(record) as f:
+                f.write(json.dumps(about, indent=1).encode())
+        yield folder
+
+
+def setup(config):
+    """Device and process group of a run: (device, rank, world size)."""
+    torch.set_flush_denormal(True)  # momenta that decay to denormals make a CPU ten times slower
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda") or name != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch has no such device here; use --device cpu")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo" if name == "cpu" else "nccl")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(name)
+    several = dist.is_initialized()
+    return torch.device(name), *((dist.get_rank(), dist.get_world_size()) if several else (0, 1))
+
+
+def autocast(device, amp):
+    """The autocast context of `--amp`: bf16 on CUDA unless told otherwise."""
+    amp = {"cuda": "bf16"}.get(device.type, "off") if amp == "auto" else amp
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def gather(z):
+    """All processes' embeddings in rank order, with gradient: (B / N, D) -> (B, D).
+
+    Every process then has the loss of the whole batch; the gather's backward sums N equal
+    gradients, and DDP's average over the processes divides by N again.
+    """
+    return torch.cat(dist.nn.functional.all_gather(z)) if dist.is_initialized() else z
+
+
+def auroc(scores, labels, weights=None):
+    """Area under the ROC curve, ties counted half.
+
+    Args:
+        scores: (n,) array. labels: (n,) array of 0, 1, NaN (unknown, left out).
+        weights: (n,) array, how often each case counts.
+    Returns: float; NaN if one class is missing.
+    """
+    known = np.isfinite(labels)
+    scores, labels = np.asarray(scores)[known], np.asarray(labels)[known]
+    weights = np.ones(len(labels)) if weights is None else weights[known]
+    order = np.argsort(scores, kind="stable")
+    scores, positive = scores[order], (weights * labels)[order]
+    negative = weights[order] - positive
+    if positive.sum() == 0 or negative.sum() == 0:
+        return math.nan
+    starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # one group a distinct score
+    positive, negative = np.add.reduceat(positive, starts), np.add.reduceat(negative, starts)
+    below = np.cumsum(negative) - negative
+    return float((positive * (below + negative / 2)).sum() / (positive.sum() * negative.sum()))
+
+
+def finding_aurocs(scores, labels, weights=None):
+    """AUROC of every finding, and first of all their mean over those with both classes.
+
+    Args: scores, labels: (n, F) arrays or tensors. Returns: (1 + F,) array with NaN for undefined.
+    """
+    pairs = zip(np.asarray(scores).T, np.asarray(labels).T, strict=True)
+    each = np.array([auroc(s, y, weights) for s, y in pairs])
+    defined = each[~np.isnan(each)]
+    return np.r_[defined.mean() if len(defined) else math.nan, each]
+
+
+@torch.no_grad()
+def predict(model, images, rows, size, device, amp="auto", batch_size=128):
+    """Output of a model in eval mode for whole images, on the CPU in float32.
+
+    Args: images: uint8 (N, S, S). rows: (n,) int64 rows of it. size: side the network sees.
+    Returns: (n, ...); of an Encoder its representation (n, C5).
+    """
+    training, out = model.training, []
+    model.eval()
+    for batch in prefetch(lambda r: images[r], rows.split(batch_size)):
+        with autocast(device, amp):
+            y = model(normalise(resize_images(batch.to(device), size)))
+        out.append((y[0] if isinstance(y, tuple) else y).float().cpu())
+    model.train(training)
+    return torch.cat(out)
+
+
+def knn_scores(train, labels, test, k=20):
+    """Mean label of the k nearest training features by cosine: (n, C), (n, F), (m, C) -> (m, F)."""
+    centre = train.mean(0)
+    similarity = F.normalize(test - centre) @ F.normalize(train - centre).T
+    return labels[similarity.topk(min(k, len(train))).indices].nanmean(1)  # (m, k, F) -> (m, F)
+
+
+def effective_rank(z):
+    """exp(entropy of the normalised singular values) of centred embeddings (B, D); 0 if constant.
+
+    Source: RankMe (arXiv:2210.02885).
+    """
+    zc = _centred(z.double())
+    p = torch.linalg.eigvalsh(zc @ zc.T if len(zc) < zc.shape[1] else zc.T @ zc).clamp(min=0).sqrt()
+    if p.sum() <= 1e-6 * math.sqrt(zc.numel()):
+        return 0.0
+    return float(torch.special.entr(p / p.sum()).sum().exp())
+
+
+def collapse_warning(row):
+    """The line that says which embedding has collapsed, judged by a row of metrics.csv; or None."""
+    for head in ("global", "local"):
+        std, rank = row.get(f"std_{head}", 1.0), row.get(f"rank_{head}", math.inf)
+        if std < 0.01 or rank < 2:
+            found = f"the {head} embedding has collapsed (std {std:.3g}, effective rank {rank:.3g})"
+            return f"warning: {found}: raise --std-coeff, lower --lr or weaken the views"
+
+
+def loss_weights(config):
+    """The loss weights of a configuration, as `mlvicx_loss` names them."""
+    names = ("local_weight", "sim_coeff", "std_coeff", "cov_coeff")
+    return {name: getattr(config, name) for name in names}
+
+
+@torch.no_grad()
+def monitor(model, sets, rows, views, config, device, epoch):
+    """Health on validation images: loss parts on fixed views, std and rank of both embeddings, k-NN.
+
+    Args: rows: pooled rows of validation images. Returns: dict of floats for metrics.csv.
+    """
+    model.eval()
+    row, logs, embedded = {}, [], {"global": [], "local": []}
+    size = min(config.batch_size, len(rows))
+    batches = rows[: max(size, 512 // max(size, 1) * size)].split(max(size, 1))
+    for i, batch in enumerate(b for b in batches if len(b) == size > 1):
+        view1, view2 = views(
+            gather_images(sets, batch).to(device), generator(config.seed, "val", i)
+        )
+        with autocast(device, config.amp):
+            embeddings = model(view1, view2)
+        logs.append(mlvicx_loss(*embeddings, **loss_weights(config))[1])
+        for chunks, pair in zip(embedded.values(), embeddings, strict=True):
+            chunks += [pair[0].float().cpu()] if pair else []
+    for key in logs[0] if logs else ():
+        row[f"val_{key}"] = float(torch.stack([log[key] for log in logs]).mean())
+    for head, z in embedded.items():
+        if z:
+            row[f"std_{head}"] = float(torch.cat(z).std(0).mean())
+            row[f"rank_{head}"] = effective_rank(torch.cat(z))
+    if config.knn_every and (epoch % config.knn_every == 0 or epoch == config.epochs):
+        scores = [_knn_auroc(model.encoder, s, config, device) for s in sets]
+        row["knn_auroc"] = float(np.mean(scores))
+    model.train()
+    return row
+
+
+def _knn_auroc(encoder, data, config, device):
+    """Mean k-NN AUROC on the validation labels of one set, from at most 2,000 training images."""
+    train, val = data.indices("train"), data.indices("val")
+    if not (data.findings and len(val) and len(train)):
+        return math.nan
+    train = train[torch.randperm(len(train), generator=generator(config.seed, "knn"))[:2000]]
+    x, y = (predict(encoder, data.images, r, config.size, device, config.amp) for r in (train, val))
+    return finding_aurocs(knn_scores(x, data.labels[train], y), data.labels[val])[0]
+
+
+def imagenet_state(backbone):
+    """torchvision's ImageNet weights of a ResNet, without the classifier; needs network once."""
+    try:
+        state = torchvision.models.get_model_weights(backbone).DEFAULT.get_state_dict(
+            progress=False
+        )
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"no ImageNet weights for {backbone} ({e}); use random ones") from e
+    return {k: v for k, v in state.items() if not k.startswith("fc.")}
+
+
+def build_model(config):
+    """The model of a pre-training configuration, initialised from its seed alone."""
+    torch.manual_seed(config.seed)
+    names = ("backbone", "context", "attention", "levels", "embedding_dim", "final_bn")
+    try:
+        model = MLVICX(**{n: getattr(config, n) for n in names}, local=config.local_weight > 0)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    if config.init == "imagenet":
+        model.encoder.load_state_dict(imagenet_state(config.backbone), strict=False)
+    return model
+
+
+def open_sets(config):
+    """The prepared sets of `--data a,b`; the demo set is drawn on first use."""
+    names, demo = config.data.split(","), Path(config.data_root) / "demo"
+    if "demo" in names and not demo.exists():
+        import data_prep
+
+        if data_prep.main(["demo", "--out", str(demo)]):
+            raise UserError("the demo set could not be made; see the line above")
+    sets = [PreparedData(name, config.data_root) for name in names]
+    if len({s.size for s in sets}) > 1:
+        raise UserError(f"pooled sets differ in size: {[(s.meta['name'], s.size) for s in sets]}")
+    return sets
+
+
+def pretraining_rows(sets, exclude_ids=""):
+    """Rows of the pooled sets: train and validation images to train on, validation to watch."""
+    banned = set(Path(exclude_ids).read_text().split()) if exclude_ids else set()
+    train, val, start = [], [], 0
+    for data in sets:
+        keep = torch.tensor([name not in banned for name in data.names])
+        use, held = data.indices("train", "val"), data.indices("val")
+        train.append(use[keep[use]] + start)
+        val.append(held + start)
+        start += len(data.images)
+    val = torch.cat(val)
+    return torch.cat(train), val[torch.randperm(len(val), generator=generator("monitor"))]
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a number that the loop reads between steps."""
+
+    def __enter__(self):
+        self.number, main = 0, threading.current_thread() is threading.main_thread()
+        names = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self.old = {s: signal.signal(s, lambda n, frame: setattr(self, "number", n)) for s in names}
+        return self
+
+    def __exit__(self, *error):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+class FiniteWatch:
+    """Stops a run on a number that is not finite, without waiting for the device at each step."""
+
+    def __init__(self):
+        self.queue = deque()
+
+    def push(self, step, log):
+        """Takes the scalars of a step; looks at those of earlier steps that have arrived."""
+        values, event = torch.stack([v.float() for v in log.values()]), None
+        if values.is_cuda:
+            host = torch.empty(len(values), pin_memory=True)
+            values, event = host.copy_(values, non_blocking=True), torch.cuda.Event()
+            event.record()
+        self.queue.append((step, list(log), values, event))
+        self.check(wait=False)
+
+    def check(self, wait=True):
+        """Raises UserError for the first number that is not finite."""
+        while self.queue and (wait or self.queue[0][3] is None or self.queue[0][3].query()):
+            step, names, values, event = self.queue.popleft()
+            if event is not None:
+                event.synchronize()
+            for name, value in zip(names, values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"step {step}: {name} is {value}; stopped, the last good checkpoint is kept; "
+                        "lower --lr or use --amp off"
+                    )
+
+
+class Trainer:
+    """Everything that a pre-training step changes, and the step itself."""
+
+    def __init__(self, config, device, world=1):
+        self.config, self.device, self.step = config, device, 0
+        self.sums, self.history = {}, []
+        self.model = build_model(config).to(device, memory_format=torch.channels_last)
+        if world > 1 and device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.optimizer = LARS(self.model.parameters(), weight_decay=config.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.call = torch.compile(self.model) if config.compile else self.model
+        self.call = nn.parallel.DistributedDataParallel(self.call) if world > 1 else self.call
+
+    def train_step(self, view1, view2, lr):
+        """One update; returns what is logged, as scalars on the device."""
+        with autocast(self.device, self.config.amp):
+            pairs = self.call(view1, view2)
+        pairs = [pair and tuple(gather(z) for z in pair) for pair in pairs]
+        loss, log = mlvicx_loss(*pairs, **loss_weights(self.config))
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.model.parameters()]
+        log["grad_norm"] = torch.stack(torch._foreach_norm(grads)).norm()
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.sums = {k: v + self.sums.get(k, 0) for k, v in log.items()}
+        if self.config.amp == "fp16":
+            del log["grad_norm"]  # infinite where the scaler skips a step, which is its business
+        return log
+
+    def state(self):
+        """Plain tensors and values from which training goes on with the same bits."""
+        state = {k: getattr(self, k).state_dict() for k in ("model", "optimizer", "scaler")}
+        return state | {k: getattr(self, k) for k in ("step", "sums", "history")}
+
+    def restore(self, folder):
+        """Goes on from the newest whole checkpoint of a run folder, if it holds any.
+
+        Raises: UserError if all checkpoints are damaged, or they are of another model.
+        """
+        damage = []
+        for path in (p for p in (folder / "last.pt", folder / "previous.pt") if p.exists()):
+            try:
+                state = load_checkpoint(path)
+            except UserError as e:
+                damage.append(str(e))
+                continue
+            load_weights(self.model, state["model"], path)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.history = state["step"], state["history"]
+            self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
+            reason = f" ({damage[0]})" if damage else ""
+            print(f"{folder}: going on from step {self.step} of {path.name}{reason}")
+            return
+        if damage:
+            raise UserError("; ".join(damage) + "; give --overwrite to start again")
+
+    def finish_epoch(self, lr, steps, sets, held, views, folder):
+        """Monitor, history, encoder.pt, last.pt, metrics.csv: in this order a kill loses nothing."""
+        config, encoder, epoch = self.config, self.model.encoder, self.step // steps
+        row = {"epoch": epoch, "step": self.step, "lr": lr}
+        row |= {k: float(v) / steps for k, v in self.sums.items()}
+        row |= monitor(self.model, sets, held, views, config, self.device, epoch)
+        self.history, self.sums = [*self.history, row], {}
+        about = {"arch": encoder.arch, "size": config.size, "data": [s.meta["name"] for s in sets]}
+        save_checkpoint(folder / "encoder.pt", {"encoder": encoder.state_dict()} | about)
+        save_checkpoint(folder / "last.pt", self.state(), keep_previous=True)
+        log_epochs(folder, self.history)
+        shown = (
+            "loss",
+            "loss_global",
+            "loss_local",
+            "val_loss",
+            "rank_global",
+            "rank_local",
+            "knn_auroc",
+        )
+        line = "  ".join(f"{k} {row[k]:.3f}" for k in shown if k in row)
+        tqdm.write(f"epoch {epoch}/{config.epochs}  {line}")
+        if warning := collapse_warning(row):
+            tqdm.write(warning)
+
+
+def log_epochs(folder, history):
+    """Rewrites metrics.csv and curves.png from the history that the checkpoint holds."""
+    table = pd.DataFrame(history)
+    with replacing(folder / "metrics.csv") as f:
+        table.to_csv(f, index=False)
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    panels = {"loss": "loss", "embedding std": "std", "effective rank": "rank", "k-NN AUROC": "knn"}
+    for axis, (title, prefix) in zip(figure.subplots(1, 4), panels.items(), strict=True):
+        axis.set(title=title, xlabel="epoch")
+        for name in table.columns[table.columns.str.contains(f"^(?:val_)?{prefix}")]:
+            axis.plot("epoch", name, ".-", data=table.dropna(subset=name), label=name)
+        if axis.lines:
+            axis.legend(fontsize=6)
+    with replacing(folder / "curves.png") as f:
+        figure.savefig(f, dpi=100)
+
+
+def pretrain(config):
+    """Trains an encoder without labels; writes metrics.csv, curves.png, last.pt and encoder.pt.
+
+    Args: config: PretrainConfig. On a run folder that was stopped, it goes on where that stopped.
+    Returns: the run folder. Raises: UserError; KeyboardInterrupt once a stop signal has been obeyed.
+    Source: authors' code for the recipe.
+    """
+    device, rank, world = setup(config)
+    torch.use_deterministic_algorithms(config.deterministic)
+    sets = open_sets(config)
+    rows, held = pretraining_rows(sets, config.exclude_ids)
+    batch, share = config.batch_size, config.batch_size // world
+    if not 2 * world <= batch <= len(rows) or batch % world:
+        raise UserError(f"--batch-size {batch}: expected 2 to {len(rows)}, in {world} equal shares")
+    steps = len(rows) // batch  # an epoch leaves out a remainder, another one each time
+    total, mine = config.epochs * steps, slice(rank * share, (rank + 1) * share)
+    views = RandomViews(
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(RandomViews)}
+    )
+    cuda, resident = device.type == "cuda", None
+    if cuda and sum(s.images.numel() for s in sets) < torch.cuda.mem_get_info(device)[0] / 2:
+        resident = torch.cat([s.images.to(device) for s in sets])
+
+    def load(step):
+        order = torch.randperm(len(rows), generator=generator(config.seed, "order", step // steps))
+        images = gather_images(sets, rows[order[step % steps * batch :][:batch][mine]], resident)
+        params = views.draw(batch, sets[0].size, generator(config.seed, "views", step))
+        images = images.pin_memory() if cuda and resident is None else images
+        return step, images, {k: v[:, mine] for k, v in params.items()}
+
+    default = "-".join(s.folder.name for s in sets)
+    folder, watch = Path(config.out or Path("runs") / default), FiniteWatch()
+    owner = open_run(config, default, sets) if rank == 0 else contextlib.nullcontext()
+    with owner, StopSignal() as stop:
+        if world > 1:
+            dist.barrier()
+        trainer = Trainer(config, device, world)
+        trainer.restore(folder)
+        bar = tqdm(total=total, initial=trainer.step, disable=not sys.stderr.isatty(), unit="step")
+        for step, images, params in prefetch(load, range(trainer.step, total)):
+            lr = config.lr * batch / 256
+            lr = cosine_schedule(step, total, config.warmup_epochs * steps, lr)
+            view1, view2 = views(images.to(device, non_blocking=True), params=params)
+            watch.push(step, trainer.train_step(view1, view2, lr))
+            bar.update()
+            at_end = trainer.step % steps == 0
+            if at_end:
+                watch.check()
+                if rank == 0:
+                    trainer.finish_epoch(lr, steps, sets, held, views, folder)
+                if world > 1:  # a signal reaches the processes at different steps
+                    flag = torch.tensor(stop.number, device=device)
+                    dist.all_reduce(flag, dist.ReduceOp.MAX)
+                    stop.number = int(flag)
+            if stop.number and (at_end or world == 1):
+                watch.check()
+                if not at_end:
+                    save_checkpoint(folder / "last.pt", trainer.state(), keep_previous=True)
+                print(f"stopped at step {trainer.step}; the same command goes on from there")
+                raise KeyboardInterrupt
+        if rank == 0:
+            log_epochs(folder, trainer.history)
+    return folder
+
+
+# ---------------------------------------------------------------- 11. evaluation
+
+
+def load_encoder(weights, config, seed=0):
+    """The encoder that `--weights` names: "random", "imagenet", or a file of `pretrain`.
+
+    Returns: encoder, and what the file says of its origin ({} for the first two).
+    Raises: UserError naming the key that does not fit.
+    """
+    if weights == "random":
+        torch.manual_seed(seed)
+        return Encoder(config.backbone, config.context, config.attention), {}
+    if weights == "imagenet":  # without blocks: random inline ones would spoil its features
+        encoder = Encoder(config.backbone, "none")
+        encoder.load_state_dict(imagenet_state(config.backbone))
+        return encoder, {}
+    # Deviation: a file that does not fit is an error, never silently a random encoder, and the
+    # context-bottlenecks that were trained go along; the authors drop them downstream.
+    state = load_checkpoint(weights)
+    if not {"encoder", "arch"} <= set(state):
+        raise UserError(f"{weights} holds {sorted(state)}, not an encoder; expected an encoder.pt")
+    encoder = Encoder(**state["arch"])
+    load_weights(encoder, state["encoder"], weights)
+    return encoder, state
+
+
+def label_subset(data, fraction, seed=0):
+    """Training rows whose labels are used: the first patients in an order that depends on `seed`.
+
+    Subsets are nested, and the same for every method.
+    """
+    # Deviation: drawn by patient; the authors draw images, so that one patient is on both sides.
+    rows = data.indices("train")
+    digest = lambda p: hashlib.sha256(f"{seed}:{p}".encode()).digest()  # noqa: E731
+    patients = sorted(set(data.patient[rows]), key=digest)
+    chosen = patients[: math.ceil(fraction * len(patients))]
+    return rows[torch.from_numpy(np.isin(data.patient[rows], chosen))]
+
+
+def masked_bce(logits, labels):
+    """Binary cross-entropy over the known labels: (B, F), (B, F) with NaN -> (F,) means."""
+    known = torch.isfinite(labels)
+    loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+    return (loss * known).sum(0) / known.sum(0).clamp(min=1)
+
+
+def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
+    """Logistic regression on frozen features; the L2 strength with the best validation mean AUROC.
+
+    Args:
+        x, x_val: (n, C) float32 features. y, y_val: (n, F) labels of 0, 1, NaN.
+        strengths: L2 penalties on standardised features, strongest first, each started from the last.
+    Returns: weight (F, C) and bias (F,) for the features as they come.
+    Source: linear evaluation protocol, solved by L-BFGS instead of the authors' AdamW.
+    """
+    # Deviation: a convex problem solved to its optimum; the authors run AdamW at 3e-3.
+    mean, std = x.mean(0), x.std(0, correction=0)
+    std = std.clamp(min=1e-3 * float(std.mean()) + 1e-12)
+    xs, xv = (x - mean) / std, (x_val - mean) / std
+    weight = torch.zeros(y.shape[1], x.shape[1], requires_grad=True)
+    bias = torch.zeros(y.shape[1], requires_grad=True)
+    best, kept = -math.inf, None
+    for strength in strengths:
+        solver = torch.optim.LBFGS([weight, bias], max_iter=40, line_search_fn="strong_wolfe")
+
+        def closure(solver=solver, strength=strength):
+            solver.zero_grad()
+            loss = masked_bce(F.linear(xs, weight, bias), y).sum()
+            loss = loss + strength / 2 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        solver.step(closure)
+        score = finding_aurocs(F.linear(xv, weight, bias).detach(), y_val)[0]
+        if kept is None or score > best:
+            best, kept = score, (weight.detach() / std, bias.detach().clone())
+    return kept[0], kept[1] - kept[0] @ mean
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear layer: (B, 3, H, W) -> (B, F) logits. Needs: Encoder."""
+
+    def __init__(self, encoder, findings):
+        super().__init__()
+        self.encoder, self.fc = encoder, nn.Linear(encoder.channels[-1], findings)
+
+    def forward(self, x):
+        return self.fc(self.encoder(x)[0])
+
+
+class UNetDecoder(nn.Module):
+    """U-Net decoder over the five refined maps: K maps -> (B, H, W) logits.
+
+    Args:
+        channels: C_k of the maps, finest first. widths: channels after each of the four steps up.
+    Source: ours, after U-Net (arXiv:1505.04597); the authors' code has no segmentation.
+    """
+
+    def __init__(self, channels=(64, 64, 128, 256, 512), widths=(256, 128, 64, 32)):
+        super().__init__()
+        below, self.blocks = channels[-1], nn.ModuleList()
+        for skip, width in zip(channels[-2::-1], widths, strict=True):
+            layers = []
+            for fan_in in (below + skip, width):
+                layers += [nn.Conv2d(fan_in, width, 3, padding=1, bias=False)]
+                layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            self.blocks.append(nn.Sequential(*layers))
+            below = width
+        self.head = nn.Conv2d(below, 1, 1)
+
+    def forward(self, maps, size):
+        x, resize = maps[-1], partial(F.interpolate, mode="bilinear", align_corners=False)
+        for skip, block in zip(maps[-2::-1], self.blocks, strict=True):
+            x = resize(x, size=skip.shape[2:])
+            x = block(torch.cat([x, skip], 1))  # (B, C + C_k, H_k, W_k) -> (B, width, H_k, W_k)
+        return resize(self.head(x), size=size)[:, 0]
+
+
+class Segmenter(nn.Module):
+    """Encoder and decoder: (B, 3, H, W) -> (B, H, W) logits. Needs: UNetDecoder.
+
+    Args: frozen: the encoder stays in eval mode and without gradient, whatever `train()` says.
+    """
+
+    # Deviation: frozen is frozen; in the authors' code BatchNorm statistics keep moving.
+
+    def __init__(self, encoder, frozen):
+        super().__init__()
+        self.encoder, self.frozen = encoder.requires_grad_(not frozen), frozen
+        self.decoder = UNetDecoder(encoder.channels)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x)[1], x.shape[2:])
+
+
+def segmentation_loss(logits, mask):
+    """BCE + soft Dice of the whole batch: (B, H, W) logits and 0/1 masks -> scalar."""
+    p = logits.sigmoid()
+    dice = (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+    return F.binary_cross_entropy_with_logits(logits, mask) + 1 - dice
+
+
+def augment(images, masks, size, rng):
+    """Random flip and rotation up to 15 degrees; with masks, also scale and shift, of both alike.
+
+    Args: images, masks (or None): uint8 (B, S, S). Returns: float (B, size, size) image and mask.
+    """
+    u = torch.rand(5, len(images), generator=rng)
+    move = {"angle": 30 * u[1] - 15}
+    if masks is not None:
+        move |= {"scale": 0.9 + 0.2 * u[2], "shift": 0.1 * u[3:] - 0.05}
+        masks = F.interpolate(masks[:, None].float(), size=size)
+        masks = warp(
+            torch.where(u[0][:, None, None] < 0.5, masks.flip(3)[:, 0], masks[:, 0]), **move
+        )
+    x = resize_images(images, size)
+    x = warp(torch.where(u[0][:, None, None] < 0.5, x.flip(2), x), **move)
+    return x, masks if masks is None else (masks > 0.5).float()
+
+
+def fit(model, batch_loss, score, rows, config, key):
+    """AdamW with warm restarts until the validation score stops rising; ends with the best weights.
+
+    Args: batch_loss: (rows, generator) -> scalar. score: () -> validation score, higher is better.
+    Source: authors' code (weight decay 0, clip 1.0, T0 = 10 doubling, floor 1e-6, patience 10).
+    """
+    # Deviation: no validation or training image is dropped, and validation is never flipped.
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10, 2, eta_min=1e-6)
+    best, kept, stale = -math.inf, None, 0
+    for epoch in tqdm(range(config.epochs), disable=not sys.stderr.isatty(), leave=False):
+        model.train()
+        order = rows[torch.randperm(len(rows), generator=generator(*key, "order", epoch))]
+        batches = order.tensor_split(max(1, round(len(order) / config.batch_size)))
+        for i, batch in enumerate(batches):
+            schedule.step(epoch + i / len(batches))
+            optimizer.zero_grad()
+            batch_loss(batch, generator(*key, "augment", epoch, i)).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        value = score()
+        if kept is None or value > best:
+            best, stale = value, 0
+            kept = {k: v.clone() for k, v in model.state_dict().items()}
+        elif (stale := stale + 1) >= config.patience:
+            break
+    model.load_state_dict(kept)
+
+
+def cached_features(encoder, data, config, device):
+    """Frozen features (N, C5) of a whole set, computed once an encoder and kept in runs/features."""
+    sha = hashlib.sha256(repr((data.meta["images_sha256"], config.size, config.amp)).encode())
+    for name, value in encoder.state_dict().items():
+        sha.update(name.encode() + value.cpu().numpy().tobytes())
+    path = Path("runs") / "features" / f"{sha.hexdigest()[:32]}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = torch.arange(len(data.images))
+        with replacing(path) as f:
+            np.save(f, predict(encoder, data.images, rows, config.size, device, config.amp).numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def interval(runs, patients, metric, repeats=1000):
+    """Mean and std over runs; 95 % bootstrap interval over test patients of the mean over runs.
+
+    Args:
+        runs: one array a run. patients: (n,). metric: (run, weights (n,)) -> (M,) numbers, where
+            the weights say how often each image counts.
+    Returns: M dicts {"mean", "std", "ci95"}; None where undefined.
+    """
+    names, member = np.unique(patients.astype(str), return_inverse=True)
+    values = np.array([metric(run, np.ones(len(member))) for run in runs])  # (R, M)
+    draws, rng = [], np.random.default_rng(0)
+    for _ in range(repeats):
+        count = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))
+        draws.append(np.mean([metric(run, count[member]) for run in runs], axis=0))
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
+    std = values.std(0, ddof=1) if len(runs) > 1 else np.full(values.shape[1], np.nan)
+    plain = lambda v: None if np.isnan(v) else float(v)  # noqa: E731
+    return [
+        {"mean": plain(m), "std": plain(s), "ci95": [plain(a), plain(b)]}
+        for m, s, a, b in zip(values.mean(0), std, low, high, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def evaluation(config, task, unit):
+    """Runs `unit` for each of the weights and seeds; every result is kept as it comes.
+
+    Args: unit: (encoder on the device, data, seed, device, folder) -> array.
+    Yields: data, the run folder, the arrays. A stopped command reads back what it has.
+    """
+    device, *_ = setup(config)
+    data = open_sets(config)[0]
+    for split in ("train", "val", "test"):
+        if not len(data.indices(split)):
+            raise UserError(f"{data.folder} has no {split} images; prepare it with a {split} split")
+    name, results = f"{data.folder.name}-{task}-{config.mode}-{config.labels:g}", []
+    with open_run(config, name, [data]) as folder:
+        for i, weights in enumerate(config.weights.split(",")):
+            for seed in range(config.seed, config.seed + config.seeds):
+                path = folder / f"unit-{i}-{seed}.npy"
+                if not path.exists():
+                    encoder, origin = load_encoder(weights, config, seed)
+                    warn_overlap(origin.get("data", ()), data.meta["name"])
+                    torch.manual_seed(seed)
+                    result = unit(encoder.to(device), data, seed, device, folder)
+                    with replacing(path) as f:
+                        np.save(f, result)
+                results.append(np.load(path))
+        yield data, folder, results
+
+
+def warn_overlap(seen, judged):
+    """Says where weights may have seen the test pictures, unlabelled, in their pre-training."""
+    for name in {"nih", "chestmnist"} & set(seen) - {judged}:
+        if judged in ("nih", "chestmnist", "rsna", "siim"):
+            text = f"{judged} holds NIH images too: weights from {name} may have seen its test pictures"
+            print(f"warning: {text}, unlabelled", file=sys.stderr)
+
+
+def write_results(config, folder, task, test):
+    """Writes results.json and prints its numbers; returns it."""
+    about = {k: getattr(config, k) for k in ("data", "weights", "mode", "labels", "seeds")}
+    results = {"task": task, **about, "test": test}
+    with replacing(folder / "results.json") as f:
+        f.write(json.dumps(results, indent=1).encode())
+    for name, value in (test | test.get("per_finding", {})).items():
+        if name != "per_finding":
+            print(f"{name:20} {json.dumps(value)}")
+    print(f"written: {folder / 'results.json'}")
+    return results
+
+
+def classify(config):
+    """Multi-label classification with a frozen or a fine-tuned encoder.
+
+    Frozen: logistic regression on cached features. Fine-tuned: everything, with flips and rotations
+    up to 15 degrees. Strength or epoch is chosen on validation mean AUROC; test is read once.
+    Args: config: ClassifyConfig. Returns: the dict of results.json.
+    """
+    if config.predict:
+        return predict_folder(config)
+
+    def chosen(data):
+        names = config.findings.split(",") if config.findings else data.findings
+        if not names or set(names) - set(data.findings):
+            raise UserError(f"--findings {config.findings}: {data.folder} has {data.findings}")
+        return names, data.labels[:, [data.findings.index(name) for name in names]]
+
+    def unit(encoder, data, seed, device, folder):
+        (names, labels), rows = chosen(data), label_subset(data, config.labels, seed)
+        val, test = data.indices("val"), data.indices("test")
+        model = Classifier(encoder, len(names)).to(device)
+        logits = lambda r: predict(model, data.images, r, config.size, device, config.amp)  # noqa: E731
+        if config.mode == "frozen":
+            x = cached_features(encoder, data, config, device)
+            weight, bias = linear_probe(x[rows], labels[rows], x[val], labels[val])
+            model.fc.weight.data, model.fc.bias.data = weight.to(device), bias.to(device)
+            scores = F.linear(x[test], weight, bias)
+        else:
+
+            def batch_loss(batch, rng):
+                x, _ = augment(data.images[batch], None, config.size, rng)
+                with autocast(device, config.amp):
+                    y = model(normalise(x.to(device)))
+                return masked_bce(y.float(), labels[batch].to(device)).mean()
+
+            score = lambda: finding_aurocs(logits(val), labels[val])[0]  # noqa: E731
+            fit(model, batch_loss, score, rows, config, (seed, "classify"))
+            scores = logits(test)
+        about = {"arch": encoder.arch, "findings": names, "size": config.size}
+        save_checkpoint(folder / "classifier.pt", {"classifier": model.state_dict()} | about)
+        return scores.numpy()
+
+    with evaluation(config, "classify", unit) as (data, folder, runs):
+        (names, y), test = chosen(data), data.indices("test")
+        y, per = y[test].numpy(), {}
+        mean, *each = interval(runs, data.patient[test], lambda r, w: finding_aurocs(r, y, w))
+        for f, (name, value) in enumerate(zip(names, each, strict=True)):
+            known = np.isfinite(y[:, f])
+            n, positives = int(known.sum()), int(y[known, f].sum())
+            ap = [average_precision_score(y[known, f], r[known, f]) for r in runs if positives]
+            ap = {"average_precision": float(np.mean(ap)) if ap else None}
+            per[name] = {"auroc": value} | ap | {"positives": positives, "n": n}
+            per[name]["prevalence"] = positives / max(n, 1)
+        table = pd.json_normalize([{"finding": name} | row for name, row in per.items()])
+        with replacing(folder / "per_class.csv") as f:
+            table.to_csv(f, index=False)
+        with replacing(folder / "roc.png") as f:
+            roc_figure(runs[0], y, names).savefig(f, dpi=100)
+        defined = sum(value["mean"] is not None for value in each)
+        test = {"mean_auroc": mean, "defined_findings": defined, "per_finding": per}
+        return write_results(config, folder, "classify", test)
+
+
+def roc_figure(scores, y, names):
+    """ROC curves of one run: (n, F) scores and labels."""
+    axis = (figure := Figure(figsize=(5, 5), layout="constrained")).subplots()
+    for f, name in enumerate(names):
+        if not math.isnan(area := auroc(scores[:, f], y[:, f])):
+            known = np.isfinite(y[:, f])
+            fpr, tpr, _ = roc_curve(y[known, f], scores[known, f])
+            axis.plot(fpr, tpr, label=f"{name} {area:.3f}")
+    axis.set(xlabel="1 - specificity", ylabel="sensitivity", title="test")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def mask_counts(predicted, mask):
+    """Pixels of intersection, prediction and truth of every image: two (B, H, W) -> (B, 3)."""
+    both = predicted.bool() & mask.bool()
+    return torch.stack([v.bool().sum((1, 2)) for v in (both, predicted, mask)], 1)
+
+
+def dice_metrics(counts, weights=None):
+    """Dice in its meanings, from the `mask_counts` (n, 3) of images that count `weights` times.
+
+    Returns: (5,) array: Dice of all images (empty and empty = 1); of images with a mask; of all
+        pixels pooled; of predicting nothing, over all images; pooled intersection over union.
+    """
+    w = np.ones(len(counts)) if weights is None else weights
+    both, predicted, true = counts.T.astype(float)
+    dice = np.where(predicted + true > 0, 2 * both / np.maximum(predicted + true, 1), 1.0)
+    sums = [(w * dice).sum(), (w * dice * (true > 0)).sum(), 2 * (w * both).sum()]
+    sums += [(w * (true == 0)).sum(), (w * both).sum()]
+    of = [w.sum(), (w * (true > 0)).sum(), (w * (predicted + true)).sum()]
+    of += [w.sum(), (w * (predicted + true - both)).sum()]
+    return np.array([a / b if b else math.nan for a, b in zip(sums, of, strict=True)])
+
+
+def segment(config):
+    """Segmentation with a U-Net decoder on a frozen or a fine-tuned encoder.
+
+    Loss: BCE + Dice. Epoch and threshold are chosen on the validation Dice of all images; test is
+    read once. Only images with `has_mask` are used.
+    Args: config: SegmentConfig. Returns: the dict of results.json.
+    """
+
+    def unit(encoder, data, seed, device, folder):
+        if data.masks is None:
+            raise UserError(f"{data.folder} has no masks.npy; segment needs a set with masks")
+        rows, val, test = (
+            label_subset(data, config.labels, seed),
+            *map(data.indices, ("val", "test")),
+        )
+        rows, val, test = (r[torch.from_numpy(data.has_mask[r])] for r in (rows, val, test))
+        model = Segmenter(encoder, config.mode == "frozen").to(device)
+
+        def batch_loss(batch, rng):
+            x, mask = augment(data.images[batch], data.masks[batch], config.size, rng)
+            with autocast(device, config.amp):
+                logits = model(normalise(x.to(device)))
+            return segmentation_loss(logits.float(), mask.to(device))
+
+        def counts(part, *thresholds):  # (n,) rows -> (T, n, 3), some images at a time
+            out = []
+            for rows in part.split(64):
+                p = predict(model, data.images, rows, config.size, device, config.amp).sigmoid()
+                mask = F.interpolate(data.masks[rows][:, None].float(), size=config.size)[:, 0]
+                out.append(torch.stack([mask_counts(p > t, mask) for t in thresholds]))
+            return torch.cat(out, 1).numpy()
+
+        score = lambda: dice_metrics(counts(val, 0.5)[0])[0]  # noqa: E731
+        fit(model, batch_loss, score, rows, config, (seed, "segment"))
+        levels = np.arange(0.05, 1, 0.05)
+        threshold = levels[np.argmax([dice_metrics(c)[0] for c in counts(val, *levels)])]
+        result = counts(test, threshold)[0]
+        with_mask = np.flatnonzero(result[:, 2])
+        order = sorted(with_mask, key=lambda i: -2 * result[i, 0] / result[i, 1:].sum())
+        picked = test[[order[0], order[len(order) // 2], order[-1]] if order else []]
+        p = predict(model, data.images, picked, config.size, device, config.amp) if order else []
+        with replacing(folder / "masks.png") as f:
+            masks_figure(data, picked, [q.sigmoid() > threshold for q in p]).savefig(f, dpi=100)
+        return result
+
+    with evaluation(config, "segment", unit) as (data, folder, runs):
+        test = data.indices("test")
+        patients = data.patient[test[torch.from_numpy(data.has_mask[test])]]
+        names = ("dice_all", "dice_positive", "dice_pooled", "dice_blank", "iou_pooled")
+        estimates = zip(names, interval(runs, patients, dice_metrics), strict=True)
+        return write_results(config, folder, "segment", dict(estimates))
+
+
+def masks_figure(data, rows, predicted):
+    """Image, truth and prediction of the best, the median and the worst case."""
+    axes = (figure := Figure(figsize=(6, 6), layout="constrained")).subplots(3, 3)
+    for line, label, row, p in zip(
+        axes, ("best", "median", "worst"), rows, predicted, strict=False
+    ):
+        for axis, picture in zip(line, (data.images[row], data.masks[row], p), strict=True):
+            axis.imshow(picture, cmap="gray")
+            axis.set_axis_off()
+        line[0].set_title(f"{label}: image, truth, prediction", fontsize=8, loc="left")
+    return figure
+
+
+def _outputs(modules, call):
+    """What each of the modules returns while `call` runs, and the result of `call`."""
+    found = []
+    keep = [m.register_forward_hook(lambda m, i, output: found.append(output)) for m in modules]
+    result = call()
+    for handle in keep:
+        handle.remove()
+    return found, result
+
+
+def gradcam(model, images, finding):
+    """Where the logit of a finding comes from: Grad-CAM on the last map, the one that is pooled.
+
+    Args: model: Classifier, in eval mode. images: (B, 3, H, W). finding: column of the logits.
+    Returns: (B, H, W) in [0, 1]. Needs: _outputs. Source: arXiv:1610.02391.
+    """
+    encoder = model.encoder
+    last = encoder.context["5"] if encoder.arch["context"] == "inline" else encoder.layer4
+    with torch.enable_grad():
+        (last,), logits = _outputs([last], lambda: model(images.detach().requires_grad_()))
+        grad = torch.autograd.grad(logits[:, finding].sum(), last)[0]
+    cam = F.relu((grad.mean((2, 3), keepdim=True) * last.detach()).sum(1, keepdim=True))
+    cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def spatial_maps(encoder, images):
+    """Spatial attention of every context-bottleneck: (B, 3, H, W) -> list of (B, 1, H_k, W_k)."""
+    convs = [m.conv for m in encoder.modules() if isinstance(m, SpatialAttention)]
+    return [m.sigmoid() for m in _outputs(convs, lambda: encoder(images))[0]]
+
+
+def predict_folder(config):
+    """Probabilities of every X-ray under `--predict` by a classifier.pt; writes a CSV."""
+    from data_prep import read_xray, resize_xray
+
+    device, state = setup(config)[0], load_checkpoint(config.weights)
+    if "classifier" not in state:
+        raise UserError(f"{config.weights} is no classifier; expected classifier.pt of `classify`")
+    model = Classifier(Encoder(**state["arch"]), len(state["findings"])).to(device)
+    load_weights(model, state["classifier"], config.weights)
+    root, out, table = Path(config.predict), Path(config.out or "predictions.csv"), []
+    paths = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in XRAY_SUFFIXES]
+    if not paths or out.exists() and not config.overwrite:
+        found = f"{out} exists; give another --out" if paths else f"no X-ray files under {root}"
+        raise UserError(f"{found} (looked for {' '.join(XRAY_SUFFIXES)})")
+    for path in tqdm(paths, disable=not sys.stderr.isatty()):
+        try:
+            image = torch.from_numpy(resize_xray(read_xray(path), 256))[None]
+        except ValueError as e:
+            print(f"left out {path}: {e}", file=sys.stderr)
+            continue
+        logits = predict(model, image, torch.tensor([0]), state["size"], device, config.amp)
+        table.append([str(path.relative_to(root)), *logits[0].sigmoid().tolist()])
+    if not table:
+        raise UserError(f"none of the {len(paths)} files under {root} could be read")
+    with replacing(out) as f:
+        pd.DataFrame(table, columns=["image", *state["findings"]]).to_csv(f, index=False)
+    print(f"written: {out} ({len(table)} of {len(paths)} images)")
+
+
+# ---------------------------------------------------------------- 12. command line
+
+
+def closing_table(config, folder):
+    """Test AUROC of a linear probe on frozen features: random weights against those just learned."""
+    device, *_ = setup(config)
+    encoders = {"random": build_model(dataclasses.replace(config, init="random")).encoder}
+    encoders["learned"], _ = load_encoder(folder / "encoder.pt", config)
+    for data in open_sets(config):
+        splits, columns = [data.indices(s) for s in ("train", "val", "test")], {}
+        if not data.findings or not all(map(len, splits)):
+            continue
+        y = [data.labels[s] for s in splits]
+        for name, encoder in encoders.items():
+            encoder = encoder.to(device)
+            x = [predict(encoder, data.images, s, config.size, device, config.amp) for s in splits]
+            weight, bias = linear_probe(x[0], y[0], x[1], y[1])
+            columns[name] = finding_aurocs(F.linear(x[2], weight, bias), y[2])
+        table = pd.DataFrame(columns, index=["mean", *data.findings])
+        for group, names in data.meta.get("groups", {}).items():
+            table.loc[f"mean of {group}"] = table.loc[names].mean()
+        print(f"\n{data.meta['name']}: test AUROC of a linear probe on frozen features, all labels")
+        print(table.to_string(float_format="{:.3f}".format))
+
+
+def export(config):
+    """Writes the backbone as a state dict that torchvision's ResNet takes (all but fc).
+
+    Raises: UserError for inline blocks without --drop-context: they are part of the function.
+    """
+    encoder, _ = load_encoder(config.weights, config)
+    if encoder.arch["context"] == "inline" and not config.drop_context:
+        raise UserError(
+            f"{config.weights} has inline context-bottlenecks: each feeds the next stage, so that a "
+            "ResNet without them computes other features; --drop-context writes it all the same"
+        )
+    if Path(config.out).exists():
+        raise UserError(f"{config.out} exists; give another --out")
+    with replacing(config.out) as f:
+        torch.save(encoder.backbone_state(), f)
+    print(f"written: {config.out} ({encoder.arch['backbone']}, torchvision names, without fc)")
+
+
+class LiteralProjector(LocalProjector):
+    """The multi-level head by its definition, for comparison."""
+
+    def forward(self, maps):
+        return self.mlp(aggregate_literal(maps, self.convs, grid=self.grid).flatten(1))
+
+
+def literal_loss(z_global, z_local):
+    """`mlvicx_loss` with default weights by its definition, for comparison."""
+    total = 0
+    for z1, z2 in (z_global, z_local):
+        total = (
+            total + 25 * invariance_loss(z1, z2) + 12.5 * (variance_loss(z1) + variance_loss(z2))
+        )
+        total = total + covariance_literal(z1) + covariance_literal(z2)
+    return total
+
+
+def _memory(device, reset=False):
+    """Peak bytes in use so far, or, after a reset, the bytes in use now; NaN where unknown."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return math.nan
+
+
+def measure(calls, device, repeats):
+    """Median seconds and peak MB of each call; they take turns, so that noise hits all alike.
+
+    Args: calls: name -> function without arguments. The first turn warms up and does not count.
+    Returns: table with a row a call.
+    """
+    rows = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            before, start = _memory(device, reset=True), time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            rows[name].append((time.perf_counter() - start, (_memory(device) - before) / 1e6))
+    columns = ["seconds", "peak_mb"]
+    return pd.DataFrame({n: np.median(r[1:], axis=0) for n, r in rows.items()}, index=columns).T
+
+
+def bench(config):
+    """What each part and each variant costs, as ratios within one run.
+
+    Args: config: BenchConfig. Returns: the dict that `--out` writes as JSON.
+    """
+    device, size, batch, dim = (
+        setup(config)[0],
+        config.size,
+        config.batch_size,
+        config.embedding_dim,
+    )
+    torch.manual_seed(0)
+    v1, v2 = (torch.randn(batch, 3, size, size, device=device) for _ in range(2))
+    bare = torchvision.models.resnet18().to(device)
+    models = {
+        f"MLVICX, {c}": MLVICX(context=c, embedding_dim=dim) for c in ("none", "side", "inline")
+    }
+    literal, inline = MLVICX(embedding_dim=dim), models["MLVICX, inline"]
+    literal.local_head.__class__ = LiteralProjector
+    models = {name: model.to(device) for name, model in models.items()}
+    cast = partial(autocast, device, config.amp)
+
+    def run(model, loss, amp=True):
+        model.zero_grad()
+        with cast() if amp else contextlib.nullcontext():
+            z = model(v1, v2)
+        loss(*z).backward()
+
+    def run_bare():
+        bare.zero_grad()
+        with cast():
+            loss = bare(v1).sum() + bare(v2).sum()
+        loss.backward()
+
+    fast_loss = lambda *z: mlvicx_loss(*z)[0]  # noqa: E731
+    steps = {"two-view ResNet-18": run_bare}
+    steps |= {name: partial(run, model, fast_loss) for name, model in models.items()}
+    steps["literal, float32"] = partial(run, literal.to(device), literal_loss, amp=False)
+    table = measure(steps, device, config.repeats)
+    table["images_per_second"] = batch / table["seconds"]
+    table["over_resnet"] = table["seconds"] / table["seconds"].iloc[0]
+    table["literal_over_it"] = table["seconds"].iloc[-1] / table["seconds"]
+    views, rng = RandomViews(size), generator("bench")
+    images = torch.randint(0, 256, (batch, 256, 256), dtype=torch.uint8, device=device)
+    with torch.no_grad(), cast():
+        h, maps = inline.encoder(v1)
+        z = inline(v1, v2)
+    plain = models["MLVICX, none"].encoder
+    parts = {
+        "views": lambda: views(images, rng),
+        "encoder, one view": lambda: plain(v1),
+        "encoder with blocks": lambda: inline.encoder(v1),
+        "heads": lambda: (inline.global_head(h), inline.local_head(maps)),
+        "losses": lambda: mlvicx_loss(*z),
+        "LARS": LARS(inline.parameters()).step,
+    }
+    with cast():
+        parts = measure({k: torch.no_grad()(f) for k, f in parts.items()}, device, config.repeats)
+    groups = {"backbone": plain, "blocks": inline.encoder.context}
+    groups |= {"global head": inline.global_head, "local head": inline.local_head}
+    count = {n: sum(p.numel() for p in m.parameters()) for n, m in groups.items()}
+    lars = parts.loc["LARS", "seconds"]
+    whole = (table["seconds"].iloc[-1] + lars) / (table.loc["MLVICX, inline", "seconds"] + lars)
+    print(f"forward + backward, batch {batch}, {size} px, {torch.get_num_threads()} threads")
+    print(table.to_string(float_format="{:.2f}".format))
+    print(f"whole step with LARS: literal / fast = {whole:.2f}\n\nforward by part, no gradient")
+    print(parts.to_string(float_format="{:.3f}".format))
+    print(f"\nparameters: {json.dumps(count)}")
+    result = {"config": asdict(config), "device": str(device), "torch": torch.__version__}
+    result |= {"steps": table.to_dict("index"), "parts": parts.to_dict("index")}
+    result |= {"parameters": count, "whole_step_ratio": whole}
+    if config.out:
+        with replacing(config.out) as f:
+            f.write(json.dumps(result, indent=1).encode())
+    return result
+
+
+COMMANDS = {
+    "pretrain": (PretrainConfig, pretrain),
+    "classify": (ClassifyConfig, classify),
+    "segment": (SegmentConfig, segment),
+    "export": (ExportConfig, export),
+    "bench": (BenchConfig, bench),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; argparse would print the usage as well."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def build_parser():
+    """A sub-command for each configuration class; flags, types and help come from its fields."""
+    parser = _Parser(prog="mlvicx.py", description="MLVICX on chest X-rays; see README.md")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (cls, run) in COMMANDS.items():
+        text = run.__doc__.splitlines()[0]
+        sub = commands.add_parser(name, help=text, description=text)
+        for f in dataclasses.fields(cls):
+            about = {"default": argparse.SUPPRESS, **f.metadata}
+            about["help"] += f" (default: {f.default})" if f.default not in ("", False) else ""
+            if isinstance(f.default, bool):
+                about["action"] = argparse.BooleanOptionalAction
+            else:
+                about.setdefault("type", type(f.default))
+            sub.add_argument(f"--{f.name.replace('_', '-')}", **about)
+    return parser
+
+
+def main(argv=None):
+    """Runs one command; a request that cannot be met prints one line and gives exit code 2."""
+    try:
+        given = vars(build_parser().parse_args(argv))
+        command = given.pop("command")
+        cls, run = COMMANDS[command]
+        config = make_config(command, cls, given)
+        result = run(config)
+        if command == "pretrain" and os.environ.get("RANK", "0") == "0":
+            closing_table(config, result)
+        return 0
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
