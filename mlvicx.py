@@ -109,6 +109,7 @@ class PretrainConfig(RunConfig):
     lr: float = _option(0.2, "base learning rate for a batch of 256; scaled with the batch")
     warmup_epochs: float = _option(2.0, "epochs of linear warm-up")
     weight_decay: float = _option(1e-6, "LARS weight decay")
+    trust: float = _option(0.001, "LARS trust coefficient: step of a layer, as a share of its norm")
     init: str = _option("random", "initial weights of the encoder", "random", "imagenet")
     levels: tuple = _option(LEVELS, "levels that feed the multi-level head", type=parse_levels)
     embedding_dim: int = _option(4096, "width of both projectors")
@@ -598,12 +599,12 @@ def mlvicx_loss(z_global, z_local=None, local_weight=1.0, **coefficients):
     Needs: vicreg_loss. Source: summary of the paper; authors' code (lambda = 1).
     """
     total, parts = vicreg_loss(*z_global, **coefficients)
-    log = {"loss_global": total} | {f"global_{k}": v for k, v in parts.items()}
+    log = {f"global_{k}": v for k, v in parts.items()} | {"loss_global": total}
     if z_local is not None:
         local, parts = vicreg_loss(*z_local, **coefficients)
-        log |= {"loss_local": local} | {f"local_{k}": v for k, v in parts.items()}
+        log |= {f"local_{k}": v for k, v in parts.items()} | {"loss_local": local}
         total = total + local_weight * local
-    return total, {k: v.detach() for k, v in ({"loss": total} | log).items()}
+    return total, {k: v.detach() for k, v in (log | {"loss": total}).items()}
 
 
 # ---------------------------------------------------------------- 8. optimiser and schedule
@@ -960,7 +961,10 @@ def save_checkpoint(path, state, keep_previous=False):
     """
     path = Path(path)
     with replacing(path) as f:
-        torch.save(state, f)
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:  # what torch makes of a disk that fills up
+            raise OSError(f"{path} could not be written: {e.__context__ or e}") from e
         end = f.seek(0, 2) - 2  # an archive ends in the length of its comment: two zero bytes
         digest = _sha256(f, end)
         f.seek(end)
@@ -1301,7 +1305,8 @@ class Trainer:
         self.model = build_model(config).to(device, memory_format=torch.channels_last)
         if world > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.optimizer = LARS(self.model.parameters(), weight_decay=config.weight_decay)
+        lars = {k: getattr(config, k) for k in ("weight_decay", "trust")}
+        self.optimizer = LARS(self.model.parameters(), **lars)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.call = torch.compile(self.model) if config.compile else self.model
         self.call = nn.parallel.DistributedDataParallel(self.call) if world > 1 else self.call
