@@ -126,16 +126,19 @@ def _check_size(rows, columns):
         raise ValueError(f"{columns} x {rows} pixels; at least 16 a side, at most 50 million")
 
 
-def _to_gray(pixels, convert=np.float64, keep=False):
-    """(H, W) integers -> uint8: `convert`, then stretch to 0..255 unless told to `keep` that range.
+def _to_gray(pixels, convert=np.float64, keep=False, invert=False):
+    """(H, W) integers -> uint8: `convert`, stretch to 0..255, perhaps invert.
 
-    Worked out on a table of the levels from darkest to brightest.
+    Worked out on a table of the levels from darkest to brightest. Told to `keep` 8-bit levels, it
+    stretches them only if `convert` changes them.
     """
     low = int(pixels.min())
-    values = convert(np.arange(low, int(pixels.max()) + 1))
-    if not (keep and values.min() >= 0 and values.max() <= 255):
+    levels = np.arange(low, int(pixels.max()) + 1)
+    values = convert(levels).astype(np.float64)
+    if not (keep and np.allclose(values, levels)):
         values = values - values.min()
         values = values * (255 / (values.max() or 1))
+    values = 255 - values if invert else values
     if not np.isfinite(values).all():
         raise ValueError("pixel values are not finite")
     # Half up, with a margin: an inverted picture must not round the other way by an error.
@@ -163,10 +166,10 @@ def _read_dicom(path):
         return np.array(Image.fromarray(pixels).convert("L"))
 
     def convert(levels):
-        values = apply_voi_lut(apply_modality_lut(levels, ds), ds).astype(np.float64)
-        return 255 - values if ds.PhotometricInterpretation == "MONOCHROME1" else values
+        return apply_voi_lut(apply_modality_lut(levels, ds), ds)
 
-    return _to_gray(pixels, convert, keep=ds.BitsStored == 8)
+    keep, invert = ds.BitsStored == 8, ds.PhotometricInterpretation == "MONOCHROME1"
+    return _to_gray(pixels, convert, keep and not ds.PixelRepresentation, invert)
 
 
 def _check_dicom(ds, syntax):
@@ -632,8 +635,10 @@ def read_table(path, columns, numeric=()):
 
 def index_files(root, suffixes, key=lambda path: path.stem):
     """Every file below `root` with one of the suffixes: name by `key` -> path."""
-    paths = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in suffixes)
-    return {key(path): str(path) for path in reversed(paths)}
+    files = {}
+    for path in sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in suffixes):
+        files.setdefault(key(path), str(path))
+    return files
 
 
 def rle_decode(text, rows, columns):

@@ -183,8 +183,9 @@ class BenchConfig:
 
 # Values that suit a dataset better than the defaults; a flag on the command line wins over both.
 PRESETS = {
-    ("pretrain", "demo"): {"size": 64, "epochs": 5, "lr": 2.0, "warmup_epochs": 0.5}
-    | {"embedding_dim": 512, "crop_min": 0.3, "blur": 0.6},
+    ("pretrain", "demo"): {"size": 64, "epochs": 4, "lr": 0.008, "trust": 1.0}
+    | {"warmup_epochs": 0.5, "embedding_dim": 512, "crop_min": 0.6}
+    | {"jitter": 0.2, "blur": 0.0, "solarize": 0.0},
     ("classify", "demo"): {"size": 64, "epochs": 20, "patience": 5},
     ("segment", "demo"): {"size": 128, "epochs": 20, "patience": 5},
 }
