@@ -992,6 +992,8 @@ def list_chestmnist(raw):
     with reading(raw), np.load(raw) as arrays:
         for split in SPLITS:
             labels = pd.DataFrame(arrays[f"{split}_labels"].astype(int), columns=NIH_FINDINGS)
+            if not labels.isin([0, 1]).all(axis=None):
+                raise ValueError(f"labels of {split} other than 0 and 1")
             names = [f"{split}-{k:05d}" for k in range(len(labels))]
             tables.append(labels.assign(image=names, split=split))
     table, (_, first) = pd.concat(tables, ignore_index=True), next(_read_npz(raw))
@@ -1007,8 +1009,10 @@ def _read_npz(npz):
         for split in SPLITS:
             with arrays.zip.open(f"{split}_images.npy") as f:
                 np.lib.format.read_magic(f)
-                (count, *shape), _, _ = np.lib.format.read_array_header_1_0(f)
+                (count, *shape), *kind = np.lib.format.read_array_header_1_0(f)
                 _check_size(*shape)
+                if (count, kind) != (len(arrays[f"{split}_labels"]), [False, np.uint8]):
+                    raise ValueError(f"{split}: expected uint8 pictures, one a row of labels")
                 for _ in range(count):
                     pixels = f.read(math.prod(shape))
                     yield next(row), np.frombuffer(pixels, np.uint8).reshape(shape)

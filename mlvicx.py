@@ -458,7 +458,7 @@ class MLVICX(nn.Module):
         levels: levels whose maps feed the multi-level head.
         The rest: see Encoder and projector_mlp.
     Input: view1, view2 (B, 3, H, W).
-    Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second None without head.
+    Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second None without.
     Needs: Encoder, GlobalProjector, LocalProjector.
     """
 
@@ -674,7 +674,7 @@ def cosine_schedule(step, total, warmup, base, floor=0.001):
 
 
 def generator(*keys):
-    """A CPU random generator that is a function of its keys alone, such as (seed, "views", step)."""
+    """A CPU random generator that is a function of its keys alone: (seed, "views", step)."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -742,7 +742,7 @@ class PreparedData:
 
 
 def gather_images(sets, rows, resident=None):
-    """Images of pooled sets: rows (B,) count through the sets one after another -> (B, S, S) uint8."""
+    """Images of pooled sets, whose rows (B,) are counted one set after another: (B, S, S) uint8."""
     if resident is not None:
         return resident[rows.to(resident.device)]
     if len(sets) == 1:
@@ -811,7 +811,7 @@ def normalise(x):
 
 
 def warp(x, angle, scale=None, shift=None, mode="bilinear"):
-    """Rotates (degrees, counter-clockwise), scales and shifts (share of the side) (B, H, W) images."""
+    """Rotates (degrees, counter-clockwise), scales, shifts (share of the side) images (B, H, W)."""
     cos, sin = torch.cos(angle.deg2rad()), torch.sin(angle.deg2rad())
     zero = torch.zeros_like(angle)
     dx, dy = (zero, zero) if shift is None else shift
@@ -1161,7 +1161,7 @@ def loss_weights(config):
 
 @torch.no_grad()
 def monitor(model, sets, rows, views, config, device, epoch):
-    """Health on validation images: loss parts on fixed views, std and rank of both embeddings, k-NN.
+    """Health on validation images: loss on fixed views, std and rank of both embeddings, k-NN.
 
     Args: rows: pooled rows of validation images. Returns: dict of floats for metrics.csv.
     """
@@ -1292,8 +1292,8 @@ class FiniteWatch:
             for name, value in zip(names, values.tolist(), strict=True):
                 if not math.isfinite(value):
                     raise UserError(
-                        f"step {step}: {name} is {value}; stopped, the last good checkpoint is kept; "
-                        "lower --lr or use --amp off"
+                        f"step {step}: {name} is {value}; stopped, the last good checkpoint is "
+                        "kept; lower --lr or use --amp off"
                     )
 
 
@@ -1361,7 +1361,7 @@ class Trainer:
             raise UserError("; ".join(damage) + "; give --overwrite to start again")
 
     def finish_epoch(self, lr, steps, sets, held, views, folder):
-        """Monitor, history, encoder.pt, last.pt, metrics.csv: in this order a kill loses nothing."""
+        """Monitor, history, encoder.pt, last.pt, metrics.csv: in this order no kill loses any."""
         config, encoder, epoch = self.config, self.model.encoder, self.step // steps
         row = {"epoch": epoch, "step": self.step, "lr": lr}
         row |= {k: float(v) / steps for k, v in self.sums.items()}
@@ -1407,7 +1407,8 @@ def pretrain(config):
     """Trains an encoder without labels; writes metrics.csv, curves.png, last.pt and encoder.pt.
 
     Args: config: PretrainConfig. On a run folder that was stopped, it goes on where that stopped.
-    Returns: the run folder. Raises: UserError; KeyboardInterrupt once a stop signal has been obeyed.
+    Returns: the run folder.
+    Raises: UserError; KeyboardInterrupt once a stop signal has been obeyed.
     Source: authors' code for the recipe.
     """
     device, rank, world = setup(config)
@@ -1519,7 +1520,7 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
 
     Args:
         x, x_val: (n, C) float32 features. y, y_val: (n, F) labels of 0, 1, NaN.
-        strengths: L2 penalties on standardised features, strongest first, each started from the last.
+        strengths: L2 penalties on standardised features, strongest first; warm starts.
     Returns: weight (F, C) and bias (F,) for the features as they come.
     Source: linear evaluation protocol, solved by L-BFGS instead of the authors' AdamW.
     """
@@ -1579,11 +1580,14 @@ class UNetDecoder(nn.Module):
         self.head = nn.Conv2d(below, 1, 1)
 
     def forward(self, maps, size):
-        x, resize = maps[-1], partial(F.interpolate, mode="bilinear", align_corners=False)
+        def resize(x, size):
+            return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+        x = maps[-1]
         for skip, block in zip(maps[-2::-1], self.blocks, strict=True):
-            x = resize(x, size=skip.shape[2:])
+            x = resize(x, skip.shape[2:])
             x = block(torch.cat([x, skip], 1))  # (B, C + C_k, H_k, W_k) -> (B, width, H_k, W_k)
-        return resize(self.head(x), size=size)[:, 0]
+        return resize(self.head(x), size)[:, 0]
 
 
 class Segmenter(nn.Module):
@@ -1664,7 +1668,7 @@ def fit(model, batch_loss, score, rows, config, key):
 
 
 def cached_features(encoder, data, config, device):
-    """Frozen features (N, C5) of a whole set, computed once an encoder and kept in runs/features."""
+    """Frozen features (N, C5) of a whole set, computed once and kept in runs/features."""
     sha = hashlib.sha256(repr((data.meta["images_sha256"], config.size, config.amp)).encode())
     for name, value in encoder.state_dict().items():
         sha.update(name.encode() + value.cpu().numpy().tobytes())
@@ -1712,6 +1716,8 @@ def evaluation(config, task, unit):
     for split in ("train", "val", "test"):
         if not len(data.indices(split)):
             raise UserError(f"{data.folder} has no {split} images; prepare it with a {split} split")
+    for weights in config.weights.split(","):
+        load_encoder(weights, config)  # a file that does not fit leaves no run folder behind
     name, results = f"{data.folder.name}-{task}-{config.mode}-{config.labels:g}", []
     with open_run(config, name, [data]) as folder:
         for i, weights in enumerate(config.weights.split(",")):
@@ -1732,8 +1738,8 @@ def warn_overlap(seen, judged):
     """Says where weights may have seen the test pictures, unlabelled, in their pre-training."""
     for name in {"nih", "chestmnist"} & set(seen) - {judged}:
         if judged in ("nih", "chestmnist", "rsna", "siim"):
-            text = f"{judged} holds NIH images too: weights from {name} may have seen its test pictures"
-            print(f"warning: {text}, unlabelled", file=sys.stderr)
+            text = f"{judged} holds NIH images too: weights from {name} may have seen its test"
+            print(f"warning: {text} pictures, unlabelled", file=sys.stderr)
 
 
 def write_results(config, folder, task, test):
@@ -1769,7 +1775,10 @@ def classify(config):
         (names, labels), rows = chosen(data), label_subset(data, config.labels, seed)
         val, test = data.indices("val"), data.indices("test")
         model = Classifier(encoder, len(names)).to(device)
-        logits = lambda r: predict(model, data.images, r, config.size, device, config.amp)  # noqa: E731
+
+        def logits(part):
+            return predict(model, data.images, part, config.size, device, config.amp)
+
         if config.mode == "frozen":
             x = cached_features(encoder, data, config, device)
             weight, bias = linear_probe(x[rows], labels[rows], x[val], labels[val])
@@ -1978,7 +1987,7 @@ def predict_folder(config):
 
 
 def closing_table(config, folder):
-    """Test AUROC of a linear probe on frozen features: random weights against those just learned."""
+    """Test AUROC of a linear probe on frozen features: random weights and those just learned."""
     device, *_ = setup(config)
     encoders = {"random": build_model(dataclasses.replace(config, init="random")).encoder}
     encoders["learned"], _ = load_encoder(folder / "encoder.pt", config)
@@ -2007,8 +2016,8 @@ def export(config):
     encoder, _ = load_encoder(config.weights, config)
     if encoder.arch["context"] == "inline" and not config.drop_context:
         raise UserError(
-            f"{config.weights} has inline context-bottlenecks: each feeds the next stage, so that a "
-            "ResNet without them computes other features; --drop-context writes it all the same"
+            f"{config.weights} has inline context-bottlenecks: each feeds the next stage, so that "
+            "a ResNet without them computes other features; --drop-context writes it all the same"
         )
     if Path(config.out).exists():
         raise UserError(f"{config.out} exists; give another --out")

@@ -772,7 +772,8 @@ mode, left, name = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 state = {"x": torch.full((5000,), 2.0), "turn": 2}
 if mode == "bytes":
     opened = open
-    m.open = lambda path, *a: Killer(opened(path, *a), left) if a[:1] == ("w+b",) else opened(path, *a)
+    kills = lambda path, *a: Killer(opened(path, *a), left)
+    m.open = lambda path, *a: (kills if a[:1] == ("w+b",) else opened)(path, *a)
 if mode in ("before", "between", "after"):
     replace, count = os.replace, [0]
     def dying(a, b):
@@ -894,9 +895,10 @@ def test_collapse_warning_fires_on_a_constant_encoder_and_not_on_a_healthy_one(p
     with torch.no_grad():  # running statistics as after some steps of training
         for step in range(30):
             model(*views(data.images[:32], m.generator(step)))
-    watch = lambda: m.monitor(
-        model, [data], torch.arange(48), views, config, torch.device("cpu"), 1
-    )  # noqa: E731
+
+    def watch():
+        return m.monitor(model, [data], torch.arange(48), views, config, torch.device("cpu"), 1)
+
     assert m.collapse_warning(watch()) is None
     with torch.no_grad():
         model.encoder.bn1.weight.zero_()
@@ -1103,10 +1105,10 @@ def test_fault5_frozen_is_frozen_every_parameter_and_buffer(trained, monkeypatch
 
     monkeypatch.setattr(m, "load_encoder", spy)
     evaluate(task, "--epochs", "1", "--out", f"runs/frozen-{task}")
-    encoder, before = kept[0]
+    encoder, before = kept[-1]
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
     evaluate(task, "--epochs", "1", "--mode", "finetune", "--out", f"runs/tuned-{task}")
-    encoder, before = kept[1]
+    encoder, before = kept[-1]
     moved = [k for k, v in encoder.state_dict().items() if not torch.equal(v, before[k])]
     assert {"conv1.weight", "bn1.running_mean", "layer4.1.conv2.weight"} <= set(moved)
 
