@@ -36,10 +36,8 @@ import tarfile
 import threading
 import urllib.request
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -64,6 +62,12 @@ class PrepError(ValueError):
     """One line for the user: what was looked for, what was found, what to type next."""
 
 
+def require(condition, message):
+    """Raises PrepError with the message unless the condition holds."""
+    if not condition:
+        raise PrepError(message)
+
+
 def one_line(error):
     """The first line of an error's text, or its kind where it has none."""
     return str(error).partition("\n")[0] or type(error).__name__
@@ -84,20 +88,16 @@ def read_xray(source):
         allocated before the sizes in the header have been checked.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             if isinstance(source, (str, os.PathLike)):
-                if os.path.getsize(source) > MAX_BYTES:
-                    raise ValueError("a file above 256 MiB")
+                require(os.path.getsize(source) <= MAX_BYTES, "a file above 256 MiB")
                 with open(source, "rb") as f:
                     if f.read(132)[128:] == b"DICM":
                         return _read_dicom(os.fspath(source))
             with Image.open(source, formats=("PNG", "JPEG")) as image:
                 _check_size(image.height, image.width)
-                image.load()
-                if image.mode.startswith("I"):  # 16 bits
-                    return _to_gray(np.asarray(image))
-                return np.array(image if image.mode == "L" else image.convert("L"))
+                deep = image.mode.startswith("I")  # 16 bits
+                return _to_gray(np.asarray(image)) if deep else np.array(image.convert("L"))
     except UnidentifiedImageError:
         raise ValueError("not a PNG, JPEG or DICOM file") from None
     # Decoders raise nearly anything on a hostile file: whatever it is, the file is bad.
@@ -122,8 +122,8 @@ def resize_xray(image, size):
 
 def _check_size(rows, columns):
     """Refuses what is too small to be an X-ray or too large to be decoded safely."""
-    if min(rows, columns) < MIN_SIDE or rows * columns > MAX_PIXELS:
-        raise ValueError(f"{columns} x {rows} pixels; at least 16 a side, at most 50 million")
+    fits = min(rows, columns) >= MIN_SIDE and rows * columns <= MAX_PIXELS
+    require(fits, f"{columns} x {rows} pixels; at least 16 a side, at most 50 million")
 
 
 def _to_gray(pixels, convert=np.float64, keep=False, invert=False):
@@ -136,11 +136,9 @@ def _to_gray(pixels, convert=np.float64, keep=False, invert=False):
     levels = np.arange(low, int(pixels.max()) + 1)
     values = convert(levels).astype(np.float64)
     if not (keep and np.allclose(values, levels)):
-        values = values - values.min()
-        values = values * (255 / (values.max() or 1))
+        values = (values - values.min()) * (255 / (np.ptp(values) or 1))
     values = 255 - values if invert else values
-    if not np.isfinite(values).all():
-        raise ValueError("pixel values are not finite")
+    require(np.isfinite(values).all(), "pixel values are not finite")
     # Half up, with a margin: an inverted picture must not round the other way by an error.
     table = np.floor(values + 0.5 + 1e-6).clip(0, 255).astype(np.uint8)
     return table[np.subtract(pixels, low, dtype=np.intp)]
@@ -155,21 +153,16 @@ def _read_dicom(path):
     gdcm.Trace.WarningOff()  # its errors come back as exceptions
     gdcm.Trace.ErrorOff()
     syntax = pydicom.filereader.read_file_meta_info(path).TransferSyntaxUID
-    if syntax not in TRANSFER_SYNTAXES:
-        raise ValueError(f"DICOM transfer syntax {syntax} is not on the list of safe ones")
+    safe = syntax in TRANSFER_SYNTAXES
+    require(safe, f"DICOM transfer syntax {syntax} is not on the list of safe ones")
     ds = pydicom.dcmread(path)
     _check_dicom(ds, syntax)
     pixels = ds.pixel_array
-    if pixels.shape[:2] != (ds.Rows, ds.Columns):
-        raise ValueError(f"decoded to {pixels.shape}, the header says {(ds.Rows, ds.Columns)}")
     if pixels.ndim == 3:
         return np.array(Image.fromarray(pixels).convert("L"))
-
-    def convert(levels):
-        return apply_voi_lut(apply_modality_lut(levels, ds), ds)
-
-    keep, invert = ds.BitsStored == 8, ds.PhotometricInterpretation == "MONOCHROME1"
-    return _to_gray(pixels, convert, keep and not ds.PixelRepresentation, invert)
+    keep = ds.BitsStored == 8 and not ds.PixelRepresentation
+    invert = ds.PhotometricInterpretation == "MONOCHROME1"
+    return _to_gray(pixels, lambda x: apply_voi_lut(apply_modality_lut(x, ds), ds), keep, invert)
 
 
 def _check_dicom(ds, syntax):
@@ -178,17 +171,17 @@ def _check_dicom(ds, syntax):
 
     header, depth = (ds.Rows, ds.Columns), (ds.SamplesPerPixel, ds.BitsAllocated)
     _check_size(*header)
-    if depth not in ((1, 8), (1, 16), (3, 8)) or int(ds.get("NumberOfFrames") or 1) != 1:
-        raise ValueError(f"DICOM of several frames, or of (samples, bits) = {depth}")
+    known = depth in ((1, 8), (1, 16), (3, 8)) and int(ds.get("NumberOfFrames") or 1) == 1
+    require(known, f"DICOM of several frames, or of (samples, bits) = {depth}")
     size, stream = math.prod(header + depth) // 8, ds.PixelData
     if ds["PixelData"].is_undefined_length:  # compressed
         stream = next(generate_frames(stream, number_of_frames=1))
         # RLE carries no size of its own: what it can unpack to is bounded by its length.
         coded = header if syntax.endswith("2.5") else _coded_size(stream)
-        if coded != header or len(stream) > 2 * size + 4096:
-            raise ValueError(f"header {header}, compressed stream {coded}")
-    elif len(stream) < size:
-        raise ValueError(f"{len(stream)} bytes of pixels, the header says {size}")
+        fits = coded == header and len(stream) <= 2 * size + 4096
+        require(fits, f"header {header}, compressed stream {coded}")
+    else:
+        require(len(stream) >= size, f"{len(stream)} bytes of pixels, the header says {size}")
 
 
 def _coded_size(stream):
@@ -244,24 +237,6 @@ def patient_of(seed, index, site="a"):
     return block * len(IMAGES_PER_PATIENT) + int(np.searchsorted(ends, place, side="right"))
 
 
-def phantom_severity(body, rng, prevalence):
-    """Which findings an image shows and how strongly: one Gaussian threshold a finding.
-
-    Args:
-        body: from `phantom_case`; its `risk` makes findings persist and go together.
-        rng: numpy Generator of the image.
-        prevalence: (6,) probabilities in the order of PHANTOM_FINDINGS.
-    Returns: dict name -> 0.0 if absent, else severity, uniform in (0, 1].
-    """
-    *own, shared = body["risk"]
-    severity, chance = {}, rng.standard_normal(len(own))
-    for name, risk, luck, p in zip(PHANTOM_FINDINGS, own, chance, prevalence, strict=True):
-        z = 0.35 * shared + 0.6 * risk + math.sqrt(1 - 0.35**2 - 0.6**2) * luck
-        # The tail of a normal is uniform in (0, 1): below p the finding is there, deeper is worse.
-        severity[name] = max(0.0, 1 - math.erfc(z / math.sqrt(2)) / (2 * p))
-    return severity
-
-
 def phantom_case(seed, index, site="a"):
     """Whom an image shows and with what.
 
@@ -273,9 +248,17 @@ def phantom_case(seed, index, site="a"):
     place, number = PHANTOM_SITES[site], patient_of(seed, index, site)
     rng = np.random.default_rng([seed, place["code"], 1, number])
     body = {name: rng.uniform(*limits) for name, limits in BUILD.items()}
-    body |= dict(fat=place["fat"] + rng.exponential(0.06), risk=rng.standard_normal(7))
+    body["fat"] = place["fat"] + rng.exponential(0.06)
+    *risks, shared = rng.standard_normal(7)  # findings of a patient persist and go together
     rng = np.random.default_rng([seed, place["code"], 2, index])
-    return f"{site}{number:05d}", body, phantom_severity(body, rng, place["prevalence"]), rng
+    severity, chance = {}, rng.standard_normal(6)
+    for name, p, own, luck in zip(
+        PHANTOM_FINDINGS, place["prevalence"], risks, chance, strict=True
+    ):
+        z = 0.35 * shared + 0.6 * own + math.sqrt(1 - 0.35**2 - 0.6**2) * luck
+        # The tail of a normal is uniform in (0, 1): below p the finding is there, deeper is worse.
+        severity[name] = max(0.0, 1 - math.erfc(z / math.sqrt(2)) / (2 * p))
+    return f"{site}{number:05d}", body, severity, rng
 
 
 def phantom_findings(severity):
@@ -464,9 +447,8 @@ def _expose(rng, noise, depth, place):
 
 def _box(region):
     """Smallest (x, y, width, height) in pixels around the True pixels."""
-    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-    x, y = int(columns[0]), int(rows[0])
-    return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
+    left, top, right, bottom = Image.fromarray(region).getbbox()
+    return left, top, right - left, bottom - top
 
 
 def draw_phantom(seed, index, size=128, site="a"):
@@ -538,6 +520,8 @@ class Listing:
 
     def __post_init__(self):
         self.table, self.rule = split_table(self.table)
+        if self.masks:
+            self.table["has_mask"] = [int(mask is not None) for mask in self.masks]
 
     def attach(self, files, keys=None):
         """Gives every image its file, by its name or `keys`; rejects the others; returns self."""
@@ -568,25 +552,24 @@ def split_table(table):
     Raises: PrepError if an image is blank or twice there, a split unknown, or a patient blank or
         in two splits.
     """
-    shares, rule = BY_PATIENT, "70/10/20 by patient, by SHA-256 of the id"
-    if "patient" not in table:
-        table = table.assign(patient=table["image"])
-        shares, rule = BY_IMAGE, "70/15/15 by image, by SHA-256 of the id"
+    unit = "patient" if "patient" in table else "image"
+    table = table.assign(patient=table[unit])
     if "split" not in table:
-        table = table.assign(split=[hash_split(p, shares) for p in table["patient"]])
+        shares = BY_PATIENT if unit == "patient" else BY_IMAGE
+        rule = f"{shares} by {unit}, by SHA-256 of the id"
+        table["split"] = [hash_split(p, shares) for p in table["patient"]]
     elif "val" in set(table["split"]):
         rule = "as given"
     else:
         rule = "test set as given; validation: a tenth of the other patients, by SHA-256 of the id"
         drawn = [hash_split(p, CARVED) for p in table["patient"]]
-        table = table.assign(split=np.where(table["split"] == "train", drawn, table["split"]))
-    pairs, known = table.drop_duplicates(["patient", "split"]), table["split"].isin(SPLITS)
+        table["split"] = table["split"].mask(table["split"] == "train", drawn)
+    pairs = table.drop_duplicates(["patient", "split"])
     for names, kind in ((table["image"], "conflicting rows"), (pairs["patient"], "two splits")):
         odd = names[names.duplicated() | (names == "")].tolist()
-        if odd:
-            raise PrepError(f"{names.name} {odd[:1]} is blank or in {kind}; {len(odd)} are")
-    if not known.all():
-        raise PrepError(f"split {min(table['split'][~known])!r}; expected train, val or test")
+        require(not odd, f"{names.name} {odd[:1]} is blank or in {kind}; {len(odd)} are")
+    odd = table["split"][~table["split"].isin(SPLITS)].tolist()
+    require(not odd, f"split {odd[:1]}; expected train, val or test")
     return table, rule
 
 
@@ -597,11 +580,8 @@ def hash_split(key, shares=BY_PATIENT):
     Returns: a key of `shares`; the same on every machine.
     """
     place = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 16**8
-    for split, share in shares.items():
-        if place < share:
-            return split
-        place -= share
-    return split
+    ends = np.cumsum([*shares.values()])
+    return [*shares][np.searchsorted(ends, place, side="right")]
 
 
 @contextlib.contextmanager
@@ -622,23 +602,19 @@ def read_table(path, columns, numeric=()):
     Raises: PrepError if it is no CSV, lacks a column, or a number is none.
     """
     options = dict(dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
-    with reading(path), warnings.catch_warnings():
-        warnings.simplefilter("error")  # pandas only warns of too long a row
+    # pandas only warns of too long a row
+    with reading(path), warnings.catch_warnings(action="error"):
         table = pd.read_csv(path, **options).fillna("").rename(columns=str.strip)
         table = table.apply(lambda column: column.str.strip())
-        if not set(columns) <= set(table):
-            raise ValueError(f"expected the columns {columns}, found {list(table)[:20]}")
-        for name in numeric:
-            table[name] = table[name].replace("", "nan").astype(float)
-    return table
+        found = f"expected the columns {columns}, found {list(table)[:20]}"
+        require(set(columns) <= set(table), found)
+        return table.assign(**{c: table[c].replace("", "nan").astype(float) for c in numeric})
 
 
 def index_files(root, suffixes, key=lambda path: path.stem):
     """Every file below `root` with one of the suffixes: name by `key` -> path."""
-    files = {}
-    for path in sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in suffixes):
-        files.setdefault(key(path), str(path))
-    return files
+    paths = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in suffixes)
+    return {key(path): str(path) for path in reversed(paths)}
 
 
 def rle_decode(text, rows, columns):
@@ -655,8 +631,8 @@ def rle_decode(text, rows, columns):
     values, flat, at = [int(v) for v in text.split()], np.zeros(rows * columns, bool), 0
     for gap, length in zip(values[::2], values[1::2], strict=True):
         start, at = at + gap, at + gap + length
-        if gap < 0 or length < 1 or at > flat.size:
-            raise ValueError(f"RLE run of {length} after a gap of {gap} leaves {rows} x {columns}")
+        fits = gap >= 0 and length >= 1 and at <= flat.size
+        require(fits, f"RLE run of {length} after a gap of {gap} leaves {rows} x {columns}")
         flat[start:at] = True
     return flat.reshape(columns, rows).T
 
@@ -669,28 +645,24 @@ HEADER, BATCH = 128, 64  # bytes before the pixels of a .npy file; images writte
 
 def file_digest(path, kind="sha256"):
     """SHA-256 or MD5 of a file, hex."""
-    digest = hashlib.new(kind)
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, kind).hexdigest()
 
 
 def remove_prepared(folder):
     """Deletes a prepared folder, and refuses to delete anything else."""
-    own = "images masks labels boxes rejected hashes meta progress".split()
-    foreign = {path.name for path in Path(folder).iterdir() if path.stem not in own}
-    if foreign:
-        raise PrepError(f"{folder} also holds {min(foreign)}; remove it or give another --out")
+    folder, own = Path(folder), "images masks labels boxes rejected hashes meta progress".split()
+    foreign = [path.name for path in folder.iterdir() if path.stem not in own]
+    require(not foreign, f"{folder} also holds {foreign[:1]}; remove it or give another --out")
     shutil.rmtree(folder)
 
 
 def refuse_changed(old, new, folder):
     """Raises PrepError naming the first option in which two plans differ."""
-    for key in new:
-        if old.get(key) != new[key]:
-            change = f"{key} {old.get(key)}, now asked: {new[key]}"
-            raise PrepError(f"{folder} was made with {change}; give --overwrite or another --out")
+    for key, value in new.items():
+        change = f"{key} {old.get(key)}, now asked: {value}"
+        same = old.get(key) == value
+        require(same, f"{folder} was made with {change}; give --overwrite or another --out")
 
 
 def prepare_picture(task, size):
@@ -816,24 +788,22 @@ def write_prepared(listing, out, options, size=None, workers=1):
 
 def _tables(listing, notes, size):
     """The tables of a finished run by file name, and what meta.json says of them."""
-    names, masks, boxes = listing.table["image"].tolist(), listing.masks, listing.boxes
-    reasons = dict.fromkeys(range(len(names)), "file not found")
-    reasons |= {note["row"]: note.get("reason") for note in notes}
-    listing.refuse_missing([names[row] for row in reasons if reasons[row] == "file not found"])
-    rejected = listing.rejected + [(names[row], why) for row, why in reasons.items() if why]
-    good = [note for note in notes if "reason" not in note]
-    if not good:
-        raise PrepError(f"none of {len(names)} images could be read; first: {rejected[:1]}")
-    rows = [note["row"] for note in good]
-    labels = listing.table.iloc[rows].reset_index(drop=True)
-    labels["has_mask"] = [int(masks[row] is not None) if masks else 0 for row in rows]
-    columns = ["image", "patient", "split", *listing.findings, *["has_mask"] * bool(masks)]
-    hashes = pd.DataFrame(good)[["sha256", "height", "width"]]
-    hashes.insert(0, "image", labels["image"])
-    if "boxes" in good[0]:  # drawn: boxes come with the pictures
-        drawn = [(names[note["row"]], *box) for note in good for box in note["boxes"]]
+    notes = pd.DataFrame(notes, columns=["row", "reason", "sha256", "height", "width", "boxes"])
+    missing = listing.table["image"].drop(notes["row"]).tolist()
+    listing.refuse_missing(missing)
+    notes, boxes = notes.join(listing.table, on="row"), listing.boxes
+    bad, good = notes[notes["reason"].notna()], notes[notes["reason"].isna()]
+    good = good.astype({"height": int, "width": int})
+    rejected = listing.rejected + bad[["image", "reason"]].values.tolist()
+    rejected += [(name, "file not found") for name in missing]
+    require(len(good), f"none of {len(listing.table)} images could be read; first: {rejected[:1]}")
+    columns = ["image", "patient", "split", *listing.findings, *["has_mask"] * bool(listing.masks)]
+    labels, hashes = good[columns], good[["image", "sha256", "height", "width"]]
+    if good["boxes"].notna().any():  # drawn: boxes come with the pictures
+        drawn = zip(good["image"], good["boxes"], strict=True)
+        drawn = [(name, *box) for name, found in drawn for box in found]
         boxes = pd.DataFrame(drawn, columns=["image", "finding", *EDGES])
-    tables = {"labels.csv": labels[columns], "hashes.csv": hashes}
+    tables = {"labels.csv": labels, "hashes.csv": hashes}
     tables["rejected.csv"] = pd.DataFrame(rejected, columns=["image", "reason"])
     if boxes is not None:
         tables["boxes.csv"] = scale_boxes(boxes, hashes, size)
@@ -884,9 +854,7 @@ def list_demo(site="a", count=4000, seed=0):
     table["patient"] = [patient for patient, *_ in cases]
     groups = {"coarse": PHANTOM_COARSE, "fine": PHANTOM_FINE}
     findings, masks = [*PHANTOM_FINDINGS, "No Finding"], ["drawn"] * count
-    return Listing(
-        table, findings, masks=masks, sources=enumerate(sources), size=128, groups=groups
-    )
+    return Listing(table, findings, masks=masks, sources=enumerate(sources), groups=groups)
 
 
 def list_folder(raw, csv=None):
@@ -900,14 +868,11 @@ def list_folder(raw, csv=None):
     """
     files = index_files(raw, PICTURES + DICOMS, lambda p: p.relative_to(raw).as_posix())
     images = {name: path for name, path in files.items() if not name.startswith("masks/")}
-    if not images:
-        raise PrepError(f"looked for PNG, JPEG and DICOM files in {raw}: found 0 X-rays")
-    table, lists = pd.DataFrame({"image": list(images)}), []
+    require(images, f"looked for PNG, JPEG and DICOM files in {raw}: found 0 X-rays")
+    table, lists = pd.DataFrame({"image": sorted(images)}), []
     if csv:
         lists = [Path(raw, csv) if Path(raw, csv).is_file() else Path(csv)]
         table = read_table(lists[0], ["image"]).drop_duplicates(ignore_index=True)
-    if "patient" not in table:
-        table["patient"] = table["image"]
     masks = table.pop("mask") if "mask" in table else []
     values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": pd.NA}
     others = [c for c in table if c not in ("image", "patient", "split", "has_mask")]
@@ -942,13 +907,13 @@ def list_nih(raw, allow_missing=False):
     sets = [set(labels.split("|")) for labels in table.pop("labels")]
     for name, patient, found in zip(table["image"], table["patient"], sets, strict=True):
         fits = re.fullmatch(r"[0-9]{8}_[0-9]{3}\.png", name) and name[:8] == patient.zfill(8)
-        if not fits or not (found == {"No Finding"} or found <= set(NIH_FINDINGS)):
-            raise PrepError(f"{entries}: image {name!r}, patient {patient!r}, labels {found}")
+        fits = fits and (found == {"No Finding"} or found <= set(NIH_FINDINGS))
+        require(fits, f"{entries}: image {name!r}, patient {patient!r}, labels {found}")
     table = table.assign(**{f: [int(f in found) for found in sets] for f in NIH_FINDINGS})
     table["patient"] = table["patient"].str.lstrip("0")
     train, test = (set(path.read_text("utf-8-sig").split()) for path in lists[1:])
-    if train & test:
-        raise PrepError(f"{min(train & test)} is in both {lists[1]} and {lists[2]}")
+    both = sorted(train & test)
+    require(not both, f"{both[:1]} is in both {lists[1]} and {lists[2]}")
     table["split"] = table["image"].map(dict.fromkeys(train, "train") | dict.fromkeys(test, "test"))
     lost = [(name, "in neither official list") for name in table["image"][table["split"].isna()]]
     listing = Listing(table.dropna(ignore_index=True), NIH_FINDINGS, lists, lost)
@@ -988,34 +953,30 @@ def list_chestmnist(raw):
     Returns: `Listing` that streams the pictures; without patient ids every image is its own. The
         split is not NIH's: its training part holds official NIH test images.
     """
-    tables = []
     with reading(raw), np.load(raw) as arrays:
-        for split in SPLITS:
-            labels = pd.DataFrame(arrays[f"{split}_labels"].astype(int), columns=NIH_FINDINGS)
-            if not labels.isin([0, 1]).all(axis=None):
-                raise ValueError(f"labels of {split} other than 0 and 1")
-            names = [f"{split}-{k:05d}" for k in range(len(labels))]
-            tables.append(labels.assign(image=names, split=split))
-    table, (_, first) = pd.concat(tables, ignore_index=True), next(_read_npz(raw))
-    listing = Listing(table, NIH_FINDINGS, sources=_read_npz(raw), size=len(first))
+        labels = {split: arrays[f"{split}_labels"].astype(int) for split in SPLITS}
+        tables = [pd.DataFrame(rows, columns=NIH_FINDINGS) for rows in labels.values()]
+        table = pd.concat(tables, keys=SPLITS, names=["split", "image"]).reset_index()
+        require(table[NIH_FINDINGS].isin([0, 1]).all(axis=None), "labels other than 0 and 1")
+    table["image"] = table["split"] + table["image"].map("-{:05d}".format)
+    size, pictures = len(next(_read_npz(raw))), enumerate(_read_npz(raw))
+    listing = Listing(table, NIH_FINDINGS, sources=pictures, size=size)
     listing.rule += " with ChestMNIST, by image"
     return listing
 
 
 def _read_npz(npz):
-    """(row, (H, W) uint8) of every picture, read one by one: the largest file inflates to 6 GB."""
-    row = itertools.count()
+    """Every picture, (H, W) uint8, read one by one: the largest file inflates to 6 GB."""
     with reading(npz), np.load(npz) as arrays:
         for split in SPLITS:
             with arrays.zip.open(f"{split}_images.npy") as f:
                 np.lib.format.read_magic(f)
                 (count, *shape), *kind = np.lib.format.read_array_header_1_0(f)
                 _check_size(*shape)
-                if (count, kind) != (len(arrays[f"{split}_labels"]), [False, np.uint8]):
-                    raise ValueError(f"{split}: expected uint8 pictures, one a row of labels")
+                right = count == len(arrays[f"{split}_labels"]) and kind == [False, np.uint8]
+                require(right, f"{split}: expected uint8 pictures, one a row of labels")
                 for _ in range(count):
-                    pixels = f.read(math.prod(shape))
-                    yield next(row), np.frombuffer(pixels, np.uint8).reshape(shape)
+                    yield np.frombuffer(f.read(math.prod(shape)), np.uint8).reshape(shape)
 
 
 def list_rsna(raw, allow_missing=False):
@@ -1023,8 +984,8 @@ def list_rsna(raw, allow_missing=False):
     csv = Path(raw, "stage_2_train_labels.csv")
     rows = read_table(csv, ["patientId", *EDGES, "Target"], EDGES).drop_duplicates()
     edges = rows[EDGES].notna().sum(axis=1)
-    if not (rows["Target"] == edges.map({0: "0", 4: "1"})).all():
-        raise PrepError(f"{csv}: expected a box in every row of Target 1 and in none of Target 0")
+    fits = (rows["Target"] == edges.map({0: "0", 4: "1"})).all()
+    require(fits, f"{csv}: expected a box in every row of Target 1 and in none of Target 0")
     rows = rows.rename(columns={"patientId": "image"}).assign(finding="Pneumonia")
     rows["Pneumonia"] = rows["Target"].astype(int)
     table = rows[["image", "Pneumonia"]].drop_duplicates(ignore_index=True)
@@ -1040,8 +1001,7 @@ def list_siim(raw, allow_missing=False):
     rows = read_table(csv, ["ImageId", "EncodedPixels"]).drop_duplicates()
     texts = rows.groupby("ImageId", sort=False)["EncodedPixels"].agg(tuple)
     odd = [name for name, t in texts.items() if "" in t or ("-1" in t and len(t) > 1)]
-    if odd:
-        raise PrepError(f"{csv}: image {odd[0]!r} has a blank, or both -1 and a region")
+    require(not odd, f"{csv}: image {odd[:1]} has a blank, or both -1 and a region")
     masks = [() if t == ("-1",) else t for t in texts]
     table = pd.DataFrame({"image": texts.index, "Pneumothorax": [int(bool(m)) for m in masks]})
     listing = Listing(table, ["Pneumothorax"], [csv], masks=masks, allow_missing=allow_missing)
@@ -1063,17 +1023,16 @@ def vinbig_labels(csv, boxes_csv=None, readers="majority"):
     boxes = read_table(boxes_csv or csv, ["image_id", "class_name", *corners], corners)
     rows = read_table(csv, ["image_id"] if boxes_csv else ["rad_id"]).rename(columns=other)
     findings = [c for c in rows if c.lower() not in ("image_id", "rad_id", "no finding")]
-    order = rows["image_id"].unique()
     if boxes_csv is None:
         findings, odd = VINBIG_FINDINGS, {*rows["class_name"]} - {*VINBIG_FINDINGS, "No finding"}
-        if odd:
-            raise PrepError(f"{csv}: unknown classes {odd}")
-        rows = pd.crosstab([rows["image_id"], rows["rad_id"]], rows["class_name"]).clip(upper=1)
-        rows = rows.reindex(columns=findings, fill_value=0).reset_index()
-    elif not rows[findings].isin(["0", "1"]).all(axis=None):
-        raise PrepError(f"{csv}: expected 0 or 1 in every finding")
-    share = rows.astype(dict.fromkeys(findings, float)).groupby("image_id")[findings].mean()
-    present = share.loc[order] > (0.5 if readers == "majority" else 0)
+        require(not odd, f"{csv}: unknown classes {odd}")
+        seen = pd.get_dummies(rows.set_index(["image_id", "rad_id"])["class_name"], dtype=int)
+        rows = seen.groupby(level=[0, 1], sort=False).max().reset_index()
+        rows = rows.reindex(columns=["image_id", *findings], fill_value=0)
+    valid = rows[findings].astype(str).isin(["0", "1"]).all(axis=None)
+    require(valid, f"{csv}: expected 0 or 1 in every finding")
+    share = rows[findings].astype(float).groupby(rows["image_id"], sort=False).mean()
+    present = share > (0.5 if readers == "majority" else 0)
     boxes = boxes.rename(columns={"image_id": "image", "x_min": "x", "y_min": "y"})
     boxes["finding"] = boxes["class_name"].replace(other)
     boxes["width"], boxes["height"] = boxes["x_max"] - boxes["x"], boxes["y_max"] - boxes["y"]
@@ -1112,14 +1071,12 @@ def list_vinbig(raw, readers="majority", allow_missing=False):
 # 6. Downloads
 # ================================================================================================
 NIH_URL = "https://nihcc.box.com/shared/static/{}.gz"
-NIH_ARCHIVES = (
-    "vfk49d74nhbxq3nqjg0900w5nvkorp5c i28rlmbvmfjbl8p2n3ril0pptcmcu9d1 "
-    "f1t00wrtdk94satdfb9olcolqx20z2jp 0aowwzs5lhjrceb3qp67ahp0rd1l1etg "
-    "v5e3goj22zr6h8tzualxfsqlqaygfbsn asi7ikud9jwnkrnkj99jnpfkjdes7l6l "
-    "jn1b4mw4n6lnh74ovmcjb8y48h8xj07n tvpxmn7qyrgl0w8wfh9kqfjskv6nmm1j "
-    "upyy3ml7qdumlgk2rfcvlb9k6gvqq2pj l6nilvfa9cg3s28tqv1qc1olm3gnz54p "
-    "hhq8fkdgvcari67vfhs7ppg2w6ni4jze ioqwiy20ihqwyr8pf4c24eazhh281pbu"
-).split()
+NIH_ARCHIVES = """
+vfk49d74nhbxq3nqjg0900w5nvkorp5c i28rlmbvmfjbl8p2n3ril0pptcmcu9d1 f1t00wrtdk94satdfb9olcolqx20z2jp
+0aowwzs5lhjrceb3qp67ahp0rd1l1etg v5e3goj22zr6h8tzualxfsqlqaygfbsn asi7ikud9jwnkrnkj99jnpfkjdes7l6l
+jn1b4mw4n6lnh74ovmcjb8y48h8xj07n tvpxmn7qyrgl0w8wfh9kqfjskv6nmm1j upyy3ml7qdumlgk2rfcvlb9k6gvqq2pj
+l6nilvfa9cg3s28tqv1qc1olm3gnz54p hhq8fkdgvcari67vfhs7ppg2w6ni4jze ioqwiy20ihqwyr8pf4c24eazhh281pbu
+""".split()
 # A mirror: NIH's own folder has no direct links to its lists.
 LISTS_URL = "https://huggingface.co/datasets/alkzar90/NIH-Chest-X-ray-dataset/resolve/main/data/{}"
 NIH_LISTS = "Data_Entry_2017_v2020.csv train_val_list.txt test_list.txt BBox_List_2017.csv".split()
@@ -1154,13 +1111,12 @@ def download(url, path, md5=None, attempts=5):
             with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab") as f:
                 have = f.truncate(have if reply.status == 206 else 0)
                 total = have + int(reply.headers["Content-Length"])
-                bar = dict(desc=path.name, total=total, initial=have, disable=None)
-                with tqdm.wrapattr(reply, "read", **bar) as body:
+                with tqdm.wrapattr(reply, "read", total, initial=have, disable=None) as body:
                     shutil.copyfileobj(body, f)
             why = f"{part.stat().st_size:,} of {total:,} bytes came"
             if part.stat().st_size == total:
                 break
-        except (OSError, ValueError, TypeError, HTTPException) as e:
+        except Exception as e:
             why = one_line(e)
     else:
         raise PrepError(f"{url}: {why}; the same command goes on with the transfer")
@@ -1173,8 +1129,8 @@ def download(url, path, md5=None, attempts=5):
 def fetch(command, folder, size):
     """Downloads NIH's archives and lists, or ChestMNIST at a size; what to give as --raw."""
     if command == "chestmnist":
-        if size not in {None, *CHESTMNIST_FILES}:
-            raise PrepError(f"--size {size}; published are {[*CHESTMNIST_FILES]}")
+        published = size in {None, *CHESTMNIST_FILES}
+        require(published, f"--size {size}; published are {[*CHESTMNIST_FILES]}")
         file, md5 = CHESTMNIST_FILES[size or 64]
         return download(CHESTMNIST_URL.format(file), folder / file, md5)
     for file in NIH_LISTS:
@@ -1299,9 +1255,9 @@ def prepare(command, out, size, workers, overwrite, download=False, **given):
     options = {"command": command, "size": size} | given
     options.pop("allow_missing", None)
     if out.exists() and not overwrite:
-        if not (out / "meta.json").is_file():
-            raise PrepError(f"{out} is incomplete (no meta.json); give --overwrite")
-        refuse_changed(json.loads((out / "meta.json").read_text())["options"], options, out)
+        meta = out / "meta.json"
+        require(meta.is_file(), f"{out} is incomplete (no meta.json); give --overwrite")
+        refuse_changed(json.loads(meta.read_text())["options"], options, out)
         print(f"{out} is finished; nothing to do")
         return
     if download:
@@ -1326,7 +1282,7 @@ def main(argv=None):
         problems = verify(args.folder) if args.command == "verify" else prepare(**vars(args))
         if problems:
             raise PrepError(f"{args.folder}: {problems[0]} ({len(problems)} problem(s))")
-    except (ValueError, OSError, BrokenProcessPool) as e:
+    except (ValueError, OSError, BrokenExecutor) as e:
         print(f"error: {one_line(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

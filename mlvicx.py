@@ -27,6 +27,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -45,6 +46,7 @@ import torchvision
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, roc_curve
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 try:
@@ -227,7 +229,9 @@ class ChannelAttention(nn.Module):
         self.expand = nn.Conv2d(channels // 2, channels, 1, bias=False)
 
     def forward(self, x):
-        pooled = torch.stack([x.mean((2, 3)), x.amax((2, 3))])  # (B, C, H, W) -> (2, B, C)
+        # Same as x.mean and x.amax, whose backward passes each walk the whole map several times.
+        average, most = x.sum((2, 3)) / x[0, 0].numel(), F.adaptive_max_pool2d(x, 1).flatten(1)
+        pooled = torch.stack([average, most])  # (B, C, H, W) -> (2, B, C)
         hidden = F.relu(F.linear(pooled, self.reduce.weight.flatten(1)))
         gate = F.linear(hidden.sum(0), self.expand.weight.flatten(1)).sigmoid()  # (B, C)
         return x * gate[:, :, None, None]
@@ -245,7 +249,9 @@ class SpatialAttention(nn.Module):
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
     def attention_map(self, x):
-        pooled = torch.stack([x.mean(1), x.max(1).values], 1)  # (B, C, H, W) -> (B, 2, H, W)
+        x = x.permute(0, 2, 3, 1)  # in channels-last memory the channels lie side by side
+        average, most = x.sum(3) / x.shape[3], x.max(3).values
+        pooled = torch.stack([average, most], 1)  # (B, H, W, C) -> (B, 2, H, W)
         return self.conv(pooled).sigmoid()
 
     def forward(self, x):
@@ -349,9 +355,20 @@ def projector_mlp(inputs, width, final_bn=True):
     """
     layers = []
     for fan_in in (inputs, width):
-        layers += [nn.Linear(fan_in, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(fan_in, width), nn.BatchNorm1d(width), nn.ReLU()]
     last = [nn.Linear(width, width, bias=final_bn)] + [nn.BatchNorm1d(width)] * final_bn
     return nn.Sequential(*layers, *last)
+
+
+def project(mlp, *views):
+    """Each view's (B, inputs) -> (B, D), as if one after the other; the weights are read once."""
+    x = torch.cat(views)
+    for layer in mlp:
+        if isinstance(layer, nn.Linear):  # the same on all rows; BatchNorm sees one view at a time
+            x = layer(x)
+        else:
+            x = torch.cat([layer(v) for v in x.chunk(len(views))])
+    return x.chunk(len(views))
 
 
 class GlobalProjector(nn.Module):
@@ -442,8 +459,12 @@ class LocalProjector(nn.Module):
         self.grid = grid
         self.mlp = projector_mlp(hidden * grid * grid, embedding_dim, final_bn)
 
+    def pool(self, maps):
+        """K maps -> (B, hidden * grid * grid), the input of the MLP."""
+        return aggregate(maps, self.convs, grid=self.grid).flatten(1)
+
     def forward(self, maps):
-        return self.mlp(aggregate(maps, self.convs, grid=self.grid).flatten(1))
+        return self.mlp(self.pool(maps))
 
 
 # ---------------------------------------------------------------- 6. model
@@ -459,7 +480,7 @@ class MLVICX(nn.Module):
         The rest: see Encoder and projector_mlp.
     Input: view1, view2 (B, 3, H, W).
     Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second None without.
-    Needs: Encoder, GlobalProjector, LocalProjector.
+    Needs: Encoder, GlobalProjector, LocalProjector, project.
     """
 
     def __init__(
@@ -483,16 +504,14 @@ class MLVICX(nn.Module):
         channels = [self.encoder.channels[k - 1] for k in self.levels]
         self.local_head = LocalProjector(channels, embedding_dim, final_bn) if local else None
 
-    def embed(self, view):
-        """(B, 3, H, W) -> z_global (B, D) and z_local (B, D) or None."""
-        h, maps = self.encoder(view)
-        local = self.local_head and self.local_head([maps[k - 1] for k in self.levels])
-        return self.global_head(h), local
-
     def forward(self, view1, view2):
         # One pass a view, not one over both: BatchNorm sees the statistics of a single view.
-        (g1, l1), (g2, l2) = self.embed(view1), self.embed(view2)
-        return (g1, g2), (None if l1 is None else (l1, l2))
+        h, maps = zip(self.encoder(view1), self.encoder(view2), strict=True)
+        z_global = project(self.global_head.mlp, *h)
+        if self.local_head is None:
+            return z_global, None
+        pooled = (self.local_head.pool([m[k - 1] for k in self.levels]) for m in maps)
+        return z_global, project(self.local_head.mlp, *pooled)
 
 
 # ---------------------------------------------------------------- 7. losses
@@ -2026,22 +2045,46 @@ def export(config):
     print(f"written: {config.out} ({encoder.arch['backbone']}, torchvision names, without fc)")
 
 
-class LiteralProjector(LocalProjector):
-    """The multi-level head by its definition, for comparison."""
+class LiteralMLVICX(MLVICX):
+    """The model by its definition, one view after the other, for comparison."""
 
-    def forward(self, maps):
-        return self.mlp(aggregate_literal(maps, self.convs, grid=self.grid).flatten(1))
+    def embed(self, view):
+        """(B, 3, H, W) -> z_global and z_local, each (B, D)."""
+        h, maps = self.encoder(view)
+        pooled = aggregate_literal(maps, self.local_head.convs, grid=self.local_head.grid)
+        return self.global_head(h), self.local_head.mlp(pooled.flatten(1))
+
+    def forward(self, view1, view2):
+        return tuple(zip(self.embed(view1), self.embed(view2), strict=True))
 
 
 def literal_loss(z_global, z_local):
     """`mlvicx_loss` with default weights by its definition, for comparison."""
     total = 0
     for z1, z2 in (z_global, z_local):
-        total = (
-            total + 25 * invariance_loss(z1, z2) + 12.5 * (variance_loss(z1) + variance_loss(z2))
-        )
-        total = total + covariance_literal(z1) + covariance_literal(z2)
+        total += 25 * invariance_loss(z1, z2) + 12.5 * (variance_loss(z1) + variance_loss(z2))
+        total += covariance_literal(z1) + covariance_literal(z2)
     return total
+
+
+class TorchvisionViews(torch.utils.data.Dataset):
+    """The recipe of RandomViews in torchvision's transforms, image by image, for comparison."""
+
+    def __init__(self, images, size):
+        t = torchvision.transforms.v2
+        first = [t.RandomResizedCrop(size, interpolation=t.InterpolationMode.BICUBIC)]
+        first += [t.RandomHorizontalFlip(), t.RandomApply([t.ColorJitter(0.4, 0.4)], 0.8)]
+        blur, last = t.GaussianBlur(23, (0.1, 2.0)), [t.ToDtype(torch.float32, scale=True)]
+        last += [t.Lambda(lambda x: x.expand(3, -1, -1)), t.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+        second = [t.RandomApply([blur], 0.1), t.RandomSolarize(128, 0.2)]
+        self.images, self.one = images, t.Compose([*first, blur, *last])
+        self.two = t.Compose([*first, *second, *last])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.one(self.images[i][None]), self.two(self.images[i][None])
 
 
 def _memory(device, reset=False):
@@ -2079,78 +2122,110 @@ def measure(calls, device, repeats):
 def bench(config):
     """What each part and each variant costs, as ratios within one run.
 
+    The fast forms run as in training: channels-last, with autocast if `--amp` says so. The literal
+    form runs as it is defined: float32, the default layout, one view after the other.
     Args: config: BenchConfig. Returns: the dict that `--out` writes as JSON.
     """
-    device, size, batch, dim = (
-        setup(config)[0],
-        config.size,
-        config.batch_size,
-        config.embedding_dim,
-    )
+    device, batch, size = setup(config)[0], config.batch_size, config.size
     torch.manual_seed(0)
-    v1, v2 = (torch.randn(batch, 3, size, size, device=device) for _ in range(2))
-    bare = torchvision.models.resnet18().to(device)
-    models = {
-        f"MLVICX, {c}": MLVICX(context=c, embedding_dim=dim) for c in ("none", "side", "inline")
-    }
-    literal, inline = MLVICX(embedding_dim=dim), models["MLVICX, inline"]
-    literal.local_head.__class__ = LiteralProjector
-    models = {name: model.to(device) for name, model in models.items()}
-    cast = partial(autocast, device, config.amp)
+    plain = torch.randn(2, batch, 3, size, size, device=device)
+    pair = [v.to(memory_format=torch.channels_last) for v in plain]
+    heads, bare = {"embedding_dim": config.embedding_dim}, torchvision.models.resnet18()
+    models = {f"MLVICX, {c}": MLVICX(context=c, **heads) for c in ("none", "side", "inline")}
+    for model in (bare, *models.values()):
+        model.to(device, memory_format=torch.channels_last)
+    literal, fast = LiteralMLVICX(**heads).to(device), lambda *z: mlvicx_loss(*z)[0]
 
-    def run(model, loss, amp=True):
+    def run(model, loss, views, amp=config.amp):
         model.zero_grad()
-        with cast() if amp else contextlib.nullcontext():
-            z = model(v1, v2)
-        loss(*z).backward()
+        with autocast(device, amp):
+            z = model(*views) if loss else (bare(views[0]), bare(views[1]))
+        (loss(*z) if loss else z[0].sum() + z[1].sum()).backward()
 
-    def run_bare():
-        bare.zero_grad()
-        with cast():
-            loss = bare(v1).sum() + bare(v2).sum()
-        loss.backward()
-
-    fast_loss = lambda *z: mlvicx_loss(*z)[0]  # noqa: E731
-    steps = {"two-view ResNet-18": run_bare}
-    steps |= {name: partial(run, model, fast_loss) for name, model in models.items()}
-    steps["literal, float32"] = partial(run, literal.to(device), literal_loss, amp=False)
+    steps = {"two-view ResNet-18": partial(run, bare, None, pair)}
+    steps |= {name: partial(run, model, fast, pair) for name, model in models.items()}
+    steps["literal, float32"] = partial(run, literal, literal_loss, plain, "off")
     table = measure(steps, device, config.repeats)
     table["images_per_second"] = batch / table["seconds"]
     table["over_resnet"] = table["seconds"] / table["seconds"].iloc[0]
     table["literal_over_it"] = table["seconds"].iloc[-1] / table["seconds"]
-    views, rng = RandomViews(size), generator("bench")
-    images = torch.randint(0, 256, (batch, 256, 256), dtype=torch.uint8, device=device)
-    with torch.no_grad(), cast():
-        h, maps = inline.encoder(v1)
-        z = inline(v1, v2)
-    plain = models["MLVICX, none"].encoder
-    parts = {
-        "views": lambda: views(images, rng),
-        "encoder, one view": lambda: plain(v1),
-        "encoder with blocks": lambda: inline.encoder(v1),
-        "heads": lambda: (inline.global_head(h), inline.local_head(maps)),
-        "losses": lambda: mlvicx_loss(*z),
-        "LARS": LARS(inline.parameters()).step,
+    parts, flops, count = bench_parts(config, device, models["MLVICX, inline"], pair)
+    lars, step = parts["seconds"]["LARS"], table["seconds"]["MLVICX, inline"]
+    forward = parts["seconds"][["encoder", "context-bottlenecks", "heads", "losses"]].sum()
+    ratios = {
+        "whole step with LARS, literal / fast": (table["seconds"].iloc[-1] + lars) / (step + lars),
+        "torchvision's views / ours": parts["seconds"]["views, torchvision"]
+        / parts["seconds"]["views"],
+        "read + views, share of a step": parts["seconds"][["read", "views"]].sum() / (step + lars),
+        "inference, with blocks / without": 1
+        + parts["seconds"]["context-bottlenecks"] / parts["seconds"]["encoder"],
+        "backward / forward": step / forward - 1,
     }
-    with cast():
-        parts = measure({k: torch.no_grad()(f) for k, f in parts.items()}, device, config.repeats)
-    groups = {"backbone": plain, "blocks": inline.encoder.context}
-    groups |= {"global head": inline.global_head, "local head": inline.local_head}
-    count = {n: sum(p.numel() for p in m.parameters()) for n, m in groups.items()}
-    lars = parts.loc["LARS", "seconds"]
-    whole = (table["seconds"].iloc[-1] + lars) / (table.loc["MLVICX, inline", "seconds"] + lars)
     print(f"forward + backward, batch {batch}, {size} px, {torch.get_num_threads()} threads")
-    print(table.to_string(float_format="{:.2f}".format))
-    print(f"whole step with LARS: literal / fast = {whole:.2f}\n\nforward by part, no gradient")
+    print(table.to_string(float_format="{:.2f}".format), "\n\nparts of a step, forward alone")
     print(parts.to_string(float_format="{:.3f}".format))
-    print(f"\nparameters: {json.dumps(count)}")
-    result = {"config": asdict(config), "device": str(device), "torch": torch.__version__}
+    for name, value in ratios.items():
+        print(f"{name}: {value:.2f}")
+    print(f"parameters: {json.dumps(count)}\nmultiply-adds an image: {json.dumps(flops)}")
+    result = {"config": asdict(config), "torch": torch.__version__, "ratios": ratios}
+    result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result |= {"steps": table.to_dict("index"), "parts": parts.to_dict("index")}
-    result |= {"parameters": count, "whole_step_ratio": whole}
+    result |= {"parameters": count, "multiply_adds": flops}
     if config.out:
         with replacing(config.out) as f:
             f.write(json.dumps(result, indent=1).encode())
     return result
+
+
+@torch.no_grad()
+def bench_parts(config, device, model, pair):
+    """Seconds of the parts of a step; multiply-adds an image and parameters of each."""
+    batch, rng, order = (
+        config.batch_size,
+        generator("bench"),
+        torch.randperm(16 * config.batch_size),
+    )
+    images, views = torch.randint(0, 256, (len(order), 256, 256)).byte(), RandomViews(config.size)
+    dataset = TorchvisionViews(images, config.size)
+    loader = torch.utils.data.DataLoader(dataset, batch, num_workers=2)
+    encoder, blocks = Encoder(context="none"), model.encoder.context.values()
+    encoder.to(device, memory_format=torch.channels_last)
+    with tempfile.TemporaryFile() as disk, autocast(device, config.amp):
+        images.numpy().tofile(disk)
+        stored = torch.from_numpy(np.memmap(disk, np.uint8, "c", shape=tuple(images.shape)))
+        (h, maps), z = encoder(pair[0]), model(*pair)
+        pooled = model.local_head.pool(maps)
+        calls = {
+            "read": lambda: [stored[rows] for rows in order.split(batch)],
+            "views": lambda: [views(x.to(device), rng) for x in images.split(batch)],
+            "views, torchvision": lambda: list(loader),
+            "encoder": lambda: [encoder(v) for v in pair],
+            "context-bottlenecks": lambda: [
+                b(x) for b, x in zip(blocks, maps, strict=True) for _ in pair
+            ],
+            "heads": lambda: (
+                [model.local_head.pool(maps) for _ in pair],
+                project(model.global_head.mlp, h, h),
+                project(model.local_head.mlp, pooled, pooled),
+            ),
+            "losses": lambda: mlvicx_loss(*z),
+            "LARS": LARS(model.parameters()).step,
+        }
+        parts = measure(calls, device, config.repeats)
+        parts.iloc[:3] /= 16  # these ran over sixteen batches
+        work = {
+            "backbone": calls["encoder"],
+            "blocks": calls["context-bottlenecks"],
+            "heads": calls["heads"],
+        }
+        flops = {}
+        for name, call in work.items():
+            with FlopCounterMode(display=False) as counter:
+                call()
+            flops[name] = counter.get_total_flops() // (4 * batch)  # two views, two flops
+    modules = {"backbone": encoder, "blocks": model.encoder.context}
+    modules |= {"global head": model.global_head, "local head": model.local_head}
+    return parts, flops, {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items()}
 
 
 COMMANDS = {

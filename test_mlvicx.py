@@ -312,8 +312,8 @@ def test_views_pass_one_after_the_other_so_batchnorm_sees_one_view():
     assert g1.shape == l1.shape == (4, 8)
     model.eval()
     model.train()
-    assert torch.allclose(model.embed(view2)[0], g2, atol=1e-5)
-    assert torch.allclose(model.embed(view1)[1], l1, atol=1e-5)
+    assert torch.allclose(model.global_head(model.encoder(view2)[0]), g2, atol=1e-5)
+    assert torch.allclose(model.local_head(model.encoder(view1)[1]), l1, atol=1e-5)
 
 
 def test_vicreg_is_the_model_without_its_additions():
@@ -1286,6 +1286,17 @@ def test_bench_measures_every_variant(place):
     assert len(result["steps"]) == 5
     assert all(row["seconds"] > 0 for row in result["steps"].values())
     assert result["parameters"]["backbone"] == 11176512
+    assert set(result["parts"]) >= {"read", "views", "encoder", "context-bottlenecks", "LARS"}
+    assert min(result["ratios"].values()) > 0 and min(result["multiply_adds"].values()) > 0
+
+
+def test_literal_model_of_the_bench_equals_the_fast_one():
+    torch.manual_seed(0)
+    fast, literal = m.MLVICX(embedding_dim=8).double(), m.LiteralMLVICX(embedding_dim=8).double()
+    literal.load_state_dict(fast.state_dict())
+    views = torch.randn(2, 6, 3, 64, 64, dtype=torch.float64)
+    definition, loss = m.literal_loss(*literal(*views)), m.mlvicx_loss(*fast(*views))[0]
+    assert relative(definition.detach(), loss.detach()) < 1e-10
 
 
 def test_wrong_commands_are_one_line(place, capsys):

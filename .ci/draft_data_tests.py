@@ -6,7 +6,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import resource
@@ -665,7 +664,7 @@ def test_split_table_refuses_what_has_no_sense():
         ({"image": ["a", "", "c"]}, "image"),
         ({"patient": ["1", "", "2"]}, "patient"),
         ({"split": ["train", "test", "test"]}, "patient .'1'. is blank or in two splits"),
-        ({"split": ["train", "train", "dev"]}, "split 'dev'; expected train, val or test"),
+        ({"split": ["train", "train", "dev"]}, "split .'dev'.; expected train, val or test"),
     ):
         with pytest.raises(dp.PrepError, match=message):
             dp.split_table(pd.DataFrame(rows | change))
@@ -869,7 +868,7 @@ def test_overwrite_removes_prepared_folders_only(tmp_path, capsys):
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     line = prep_refused(capsys, "folder", "--raw", raw, "--out", out, "--overwrite")
-    assert "also holds thesis.tex" in line and (out / "thesis.tex").exists()
+    assert "also holds ['thesis.tex']" in line and (out / "thesis.tex").exists()
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
@@ -889,7 +888,8 @@ def test_a_folder_without_the_right_to_write_is_one_line(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     tmp_path.chmod(0o755)
     code = (  # root may do anything: it becomes somebody else once all is imported
-        "import multiprocessing.synchronize, os, sys, data_prep as d\nfrom PIL import Image\nImage.init()\n"
+        "import multiprocessing.synchronize, os, sys\nimport data_prep as d\n"
+        "from PIL import Image\nImage.init()\n"
         "os.geteuid() or os.setuid(65534)\nsys.exit(d.main(sys.argv[1:]))"
     )
     call = [sys.executable, "-c", code, "folder", "--raw", "raw", "--size", "32", "--workers", "1"]
@@ -931,6 +931,10 @@ def test_damaged_images_are_named_and_the_good_ones_kept(tmp_path):
     assert "not a PNG" in rejected["i002.png"] and "not a PNG" in rejected["i003.png"]
     assert "1 x 1 pixels" in rejected["i004.png"] and rejected["i005.png"] == "file not found"
     assert sum(meta["counts"].values()) == 7
+    hashes = (tmp_path / "out" / "hashes.csv").read_text().splitlines()
+    assert hashes[0] == "image,sha256,height,width" and hashes[1].endswith(",48,48")
+    digest = hashlib.sha256(phantom(0, 48).tobytes()).hexdigest()
+    assert len(hashes) == 8 and hashes[1].split(",")[:2] == ["i000.png", digest]
 
 
 def test_a_set_without_one_good_image_is_refused_and_leaves_nothing(tmp_path, capsys):
@@ -1135,7 +1139,7 @@ def test_fault6_an_image_in_both_official_lists_is_refused(tmp_path, capsys):
     test = (raw / "test_list.txt").read_text()
     (raw / "test_list.txt").write_text(test + "\n" + NIH_ROWS[2][0])
     line = prep_refused(capsys, "nih", "--raw", raw, "--out", tmp_path / "out")
-    assert "00000002_000.png is in both" in line and "test_list.txt" in line
+    assert "['00000002_000.png'] is in both" in line and "test_list.txt" in line
     # Another image of a patient of the test list is refused, too.
     (raw / "test_list.txt").write_text(test)
     train = (raw / "train_val_list.txt").read_text().replace("00000001_001.png", "00000003_001.png")
@@ -1348,7 +1352,7 @@ def test_rsna_is_one_row_an_image_with_its_boxes_and_its_own_split(tmp_path):
     assert labels["image"].tolist() == [f"id-{k:03d}" for k in range(30)] and not rejected
     assert labels["Pneumonia"].tolist() == [int(k % 3 == 0) for k in range(30)]
     assert labels["split"].tolist() == [dp.hash_split(i, dp.BY_IMAGE) for i in labels["image"]]
-    assert meta["findings"] == ["Pneumonia"] and "70/15/15 by image" in meta["split_rule"]
+    assert meta["findings"] == ["Pneumonia"] and str(dp.BY_IMAGE) in meta["split_rule"]
     assert all(np.array_equal(images[k], dp.resize_xray(phantom(k), 32)) for k in (0, 29))
     boxes = pd.read_csv(tmp_path / "out" / "boxes.csv")
     expected = [(f"id-{k:03d}", "Pneumonia", 2, 4, 8, 16) for k in range(0, 30, 3)]
@@ -1805,8 +1809,11 @@ def test_nih_is_downloaded_whole_and_goes_on_after_a_break(server, tmp_path, mon
 
 
 def test_nothing_is_fetched_without_being_asked(tmp_path, monkeypatch, capsys):
-    def fetch(*args, **kwargs):
-        raise AssertionError("the network was asked")
+    asked = []
+
+    def fetch(request, **kwargs):
+        asked.append(request)
+        raise OSError("no network here")
 
     monkeypatch.setattr(dp.urllib.request, "urlopen", fetch)
     monkeypatch.chdir(tmp_path)
@@ -1816,8 +1823,8 @@ def test_nothing_is_fetched_without_being_asked(tmp_path, monkeypatch, capsys):
     raw_nih(tmp_path / "raw")
     os.remove(tmp_path / "raw" / "images_001" / "images" / NIH_ROWS[0][0])
     assert "complete --raw" in prep_refused(capsys, "nih", "--raw", "raw", "--out", "out")
-    with pytest.raises(AssertionError, match="network"):  # this test can fail
-        dp.main(["nih", "--download", "--out", "out"])
+    assert not asked
+    assert "no network here" in prep_refused(capsys, "nih", "--download", "--out", "out") and asked
 
 
 # ---------------------------------------------------------------- 7. verify
@@ -2142,6 +2149,5 @@ def test_real_folders_are_prepared(name, count, tmp_path):
         masks = np.load(tmp_path / "out" / "masks.npy")
         assert labels["has_mask"].sum() == (given["mask"] != "").sum() == 566
         shares = masks[labels["has_mask"] == 1].mean(axis=(1, 2))
-        assert (
-            0.1 < shares.min() and shares.max() < 0.6 and not masks[labels["has_mask"] == 0].any()
-        )
+        assert 0.05 < shares.min() and shares.max() < 0.6
+        assert not masks[labels["has_mask"] == 0].any()
