@@ -47,6 +47,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, roc_curve
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 try:
@@ -2071,14 +2072,16 @@ class TorchvisionViews(torch.utils.data.Dataset):
     """The recipe of RandomViews in torchvision's transforms, image by image, for comparison."""
 
     def __init__(self, images, size):
-        t = torchvision.transforms.v2
-        first = [t.RandomResizedCrop(size, interpolation=t.InterpolationMode.BICUBIC)]
-        first += [t.RandomHorizontalFlip(), t.RandomApply([t.ColorJitter(0.4, 0.4)], 0.8)]
-        blur, last = t.GaussianBlur(23, (0.1, 2.0)), [t.ToDtype(torch.float32, scale=True)]
-        last += [t.Lambda(lambda x: x.expand(3, -1, -1)), t.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-        second = [t.RandomApply([blur], 0.1), t.RandomSolarize(128, 0.2)]
-        self.images, self.one = images, t.Compose([*first, blur, *last])
-        self.two = t.Compose([*first, *second, *last])
+        first = [v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)]
+        first += [v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.4, 0.4)], 0.8)]
+        blur, last = v2.GaussianBlur(23, (0.1, 2.0)), [v2.ToDtype(torch.float32, scale=True)]
+        last += [
+            v2.Lambda(lambda x: x.expand(3, -1, -1)),
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+        second = [v2.RandomApply([blur], 0.1), v2.RandomSolarize(128, 0.2)]
+        self.images, self.one = images, v2.Compose([*first, blur, *last])
+        self.two = v2.Compose([*first, *second, *last])
 
     def __len__(self):
         return len(self.images)
