@@ -2234,7 +2234,7 @@ def test_a_set_without_one_good_image_is_refused_and_leaves_nothing(tmp_path, ca
     assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]
 
 
-# ---------------------------------------------------------------- data_prep 5. the datasets: folder
+# ---------------------------------------------------- data_prep 5. the datasets: folder
 
 
 def test_folder_reads_every_format_and_column(tmp_path, monkeypatch, capsys):
@@ -2310,7 +2310,7 @@ def test_folder_names_what_it_left_out_and_refuses_what_conflicts(tmp_path, caps
     assert not (tmp_path / "two").exists() and not (tmp_path / "two.partial").exists()
 
 
-# ---------------------------------------------------------------- data_prep 5. the datasets: NIH
+# ---------------------------------------------------- data_prep 5. the datasets: NIH
 
 NIH_ROWS = (  # image, labels, list
     ("00000001_000.png", "Cardiomegaly|Emphysema", "train"),
@@ -2558,7 +2558,7 @@ def test_a_missing_list_is_named(tmp_path, capsys):
     assert "--raw" in prep_refused(capsys, "nih", "--out", tmp_path / "out")
 
 
-# ---------------------------------------------------------------- data_prep 5. the datasets: ChestMNIST
+# ---------------------------------------------------- data_prep 5. the datasets: ChestMNIST
 
 
 def raw_chestmnist(path, size=28, counts=(20, 6, 8), compress=True, seed=0):
@@ -2614,7 +2614,7 @@ def test_chestmnist_files_that_are_none_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------- data_prep 5. the datasets: RSNA and SIIM
+# ---------------------------------------------------- data_prep 5. the datasets: RSNA and SIIM
 
 
 def raw_rsna(root, n=30, size=64):
@@ -2741,7 +2741,7 @@ def test_a_mask_is_shrunk_by_half_coverage(tmp_path):
     assert np.array_equal(np.frombuffer(small, np.uint8).reshape(32, 32), mask[::2, ::2])
 
 
-# ---------------------------------------------------------------- data_prep 5. the datasets: VinBig
+# ---------------------------------------------------- data_prep 5. the datasets: VinBig
 
 VINBIG_VOTES = {  # image -> finding of each of three readers
     "none": ("No finding", "No finding", "No finding"),
@@ -2882,7 +2882,7 @@ def test_vinbig_rows_without_sense_are_refused(tmp_path, capsys):
     assert "expected 0 or 1 in every finding" in line
 
 
-# ---------------------------------------------------------------- data_prep 5. the datasets: fuzz
+# ---------------------------------------------------- data_prep 5. the datasets: fuzz
 
 
 def damaged(text, rng):

@@ -1,1 +1,0 @@
-/tmp/draft_live.py
