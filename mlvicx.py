@@ -178,7 +178,7 @@ class BenchConfig:
     size: int = _option(224, "image side in pixels")
     batch_size: int = _option(32, "images a step")
     embedding_dim: int = _option(4096, "width of both projectors")
-    repeats: int = _option(3, "measurements of each part; the median counts")
+    repeats: int = _option(3, "measurements of each part; the least disturbed counts")
     device: str = _option("auto", "auto, cpu, cuda or cuda:N")
     amp: str = _option("off", "precision of the fast form", "off", "bf16", "fp16")
     out: str = _option("", "JSON file to write")
@@ -2105,7 +2105,7 @@ def _memory(device, reset=False):
 
 
 def measure(calls, device, repeats):
-    """Median seconds and peak MB of each call; they take turns, so that noise hits all alike.
+    """Least seconds and peak MB of each call; they take turns, so that noise hits all alike.
 
     Args: calls: name -> function without arguments. The first turn warms up and does not count.
     Returns: table with a row a call.
@@ -2119,7 +2119,7 @@ def measure(calls, device, repeats):
                 torch.cuda.synchronize(device)
             rows[name].append((time.perf_counter() - start, (_memory(device) - before) / 1e6))
     columns = ["seconds", "peak_mb"]
-    return pd.DataFrame({n: np.median(r[1:], axis=0) for n, r in rows.items()}, index=columns).T
+    return pd.DataFrame({n: np.min(r[1:], axis=0) for n, r in rows.items()}, index=columns).T
 
 
 def bench(config):
