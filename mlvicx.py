@@ -1990,7 +1990,7 @@ def predict_folder(config):
         raise UserError(f"{found} (looked for {' '.join(XRAY_SUFFIXES)})")
     for path in tqdm(paths, disable=not sys.stderr.isatty()):
         try:
-            image = torch.from_numpy(resize_xray(read_xray(path), 256))[None]
+            image = torch.tensor(resize_xray(read_xray(path), 256))[None]
         except ValueError as e:
             print(f"left out {path}: {e}", file=sys.stderr)
             continue

@@ -838,6 +838,67 @@ def test_sigkill_at_random_moments_then_exact_resume(place):
     assert_same_run("runs/whole", "runs/cut")
 
 
+def test_control_c_saves_at_the_step_and_says_how_to_go_on(place):
+    args = ["pretrain", "--data", "toy", *SMALL, "--epochs", "500", "--out", "runs/c"]
+    call = [sys.executable, str(HERE / "mlvicx.py"), *args]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not Path("runs/c/last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from there" in out
+    step = int(re.search(r"stopped at step (\d+)", out).group(1))
+    assert m.load_checkpoint("runs/c/last.pt")["step"] == step
+
+
+def test_pretraining_without_the_right_to_write_is_one_line(place):
+    Path("runs/closed").mkdir(parents=True, mode=0o500)
+    place.chmod(0o755)
+    code = (  # root may do anything: it becomes somebody else once all is imported
+        "import os, sys\nimport mlvicx as m\n"
+        "os.geteuid() or os.setuid(65534)\nsys.exit(m.main(sys.argv[1:]))"
+    )
+    call = [sys.executable, "-c", code, "pretrain", "--data", "toy", *SMALL]
+    env = os.environ | {"PYTHONPATH": str(HERE)}
+    options = dict(capture_output=True, text=True, env=env)
+    done = subprocess.run([*call, "--out", "runs/closed/run"], **options)
+    assert done.returncode == 2 and not any(Path("runs/closed").iterdir())
+    assert re.fullmatch("error: .*Permission denied.*\n", done.stderr), done.stderr
+    assert m.main(["pretrain", "--data", "toy", *SMALL, "--out", "runs/open"]) == 0
+    good = Path("runs/open/last.pt").read_bytes()
+    Path("runs/open").chmod(0o555)
+    done = subprocess.run([*call, "--epochs", "9", "--overwrite", "--out", "runs/open"], **options)
+    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr), done.stderr
+    assert Path("runs/open/last.pt").read_bytes() == good
+    assert not list(Path("runs/open").glob("*.tmp"))
+
+
+def test_two_thousand_steps_with_no_growth_of_memory_or_open_files():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.BatchNorm1d(8))
+    optimizer, watch, seen = m.LARS(model.parameters(), lr=0.01), m.FiniteWatch(), []
+    views = m.RandomViews(32)
+    images = torch.randint(0, 256, (4, 40, 40), dtype=torch.uint8)
+
+    def load(step):
+        return step, views(images, m.generator(0, "views", step))
+
+    for step, (v1, v2) in m.prefetch(load, range(2000)):
+        z1, z2 = (model(v[:, 0, :8, :8].mean(1)) for v in (v1, v2))
+        loss, log = m.mlvicx_loss((z1, z2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        watch.push(step, log)
+        if step in (500, 1999):
+            status = Path("/proc/self/status").read_text()
+            memory = int(status.split("VmRSS:")[1].split()[0]) / 1024
+            seen.append((memory, len(os.listdir("/proc/self/fd"))))
+    (memory, files), (memory_end, files_end) = seen
+    assert memory_end - memory < 20 and files_end <= files + 2
+
+
 def test_no_room_leaves_the_checkpoint_and_no_temporary_file(place):
     m.save_checkpoint("last.pt", {"turn": 1})
     code = (
@@ -2809,7 +2870,7 @@ def test_vinbig_of_kaggle_by_any_reader_or_the_majority(readers, tmp_path):
     assert row[dp.EDGES].tolist() == [9, 16, 31, 32]
 
 
-def raw_physionet(root):
+def raw_physionet(root, n=8):
     """PhysioNet's files: a column a finding, three readers in train and a consensus in test."""
     findings = [*dp.VINBIG_FINDINGS[:9], "Other lesion", "COPD", "Pneumonia"]
     for split, other, readers in (("train", "Other diseases", 3), ("test", "Other disease", 1)):
@@ -2817,7 +2878,7 @@ def raw_physionet(root):
             ",".join(["image_id", *["rad_id"] * (readers > 1), *findings, other, "No finding"])
         ]
         boxes = ["image_id,rad_id,class_name,x_min,y_min,x_max,y_max"]
-        for k in range(8):
+        for k in range(n):
             name = f"{split}{k}"
             save_dicom(phantom(k), root / split / f"{name}.dicom", ending=".4.90")
             for reader in range(readers):
@@ -3489,6 +3550,62 @@ def test_readme_lists_exactly_the_deviations():
     section = readme.split("## Differences from the authors' code")[1].split("\n## ")[0]
     listed = re.findall(r"^- `(.+?)`", section, re.M)
     assert sorted(listed) == sorted(tags) and len(tags) >= 5
+
+
+def readme_blocks(language):
+    """The fenced blocks of README.md in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+
+
+def test_every_python_block_of_the_readme_runs(capsys):
+    blocks = readme_blocks("python")
+    for block in blocks:
+        exec(block, {})
+    assert len(blocks) >= 2 and "loss" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def raw_downloads(tmp_path_factory):
+    """Small raw folders in the real layouts, where the README's commands look for them."""
+    root = tmp_path_factory.mktemp("readme")
+    names = [f"{k // 2 + 1:08d}_{k % 2:03d}.png" for k in range(26)]
+    labels = ["Cardiomegaly|Effusion", "No Finding", "Nodule", "Infiltration"]
+    splits = ["test" if k >= 16 else "train" for k in range(26)]
+    cycled = [labels[k % 4] for k in range(26)]
+    raw_nih(root / "raw" / "nih", rows=list(zip(names, cycled, splits, strict=True)))
+    raw_physionet(root / "raw" / "vinbig", n=16)
+    raw_rsna(root / "raw" / "rsna")
+    raw_siim(root / "raw" / "siim", n=20)
+    raw_folder(root / "raw" / "mine", n=24)
+    raw_chestmnist(root / "chest.npz", 64)
+    data = root / "data"
+    prep("chestmnist", "--raw", root / "chest.npz", "--out", data / "chestmnist", "--size", 64)
+    prep("demo", "--count", 64, "--size", 64, "--out", data / "demo")
+    return root
+
+
+def test_every_command_of_the_readme_runs(raw_downloads, monkeypatch):
+    monkeypatch.chdir(raw_downloads)
+    lines = "".join(readme_blocks("bash")).splitlines()
+    exempt = re.compile("^pip install|--download|^python -m pytest")
+    lines = [line for line in lines if not exempt.search(line)]
+    assert len(lines) >= 20 and all(re.match("(python|torchrun) ", line) for line in lines)
+    for line in lines:
+        start, *words = line.split()
+        if start == "torchrun":
+            small = f"{line} --batch-size 16 --epochs 1 --embedding-dim 8 --out runs/several"
+            call = [sys.executable, "-m", "torch.distributed.run"]
+            call += small.replace("mlvicx.py", str(HERE / "mlvicx.py")).split()[1:]
+            assert subprocess.run(call, capture_output=True, timeout=600).returncode == 0, line
+            continue
+        program, *args = words
+        if args[0] in ("pretrain", "bench"):
+            args += ["--batch-size", "4" if args[0] == "bench" else "16", "--embedding-dim", "8"]
+        if args[0] in ("classify", "segment"):
+            args += ["--batch-size", "8"]
+        if args[0] in ("pretrain", "classify", "segment"):
+            args += ["--epochs", "1"]
+        assert {"mlvicx.py": m, "data_prep.py": dp}[program].main(args) == 0, line
 
 
 def test_the_text_keeps_its_form():
