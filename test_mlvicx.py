@@ -3568,10 +3568,10 @@ def test_every_python_block_of_the_readme_runs(capsys):
 def raw_downloads(tmp_path_factory):
     """Small raw folders in the real layouts, where the README's commands look for them."""
     root = tmp_path_factory.mktemp("readme")
-    names = [f"{k // 2 + 1:08d}_{k % 2:03d}.png" for k in range(26)]
+    names = [f"{k + 1:08d}_000.png" for k in range(44)]
     labels = ["Cardiomegaly|Effusion", "No Finding", "Nodule", "Infiltration"]
-    splits = ["test" if k >= 16 else "train" for k in range(26)]
-    cycled = [labels[k % 4] for k in range(26)]
+    splits = ["test" if k >= 32 else "train" for k in range(44)]
+    cycled = [labels[k % 4] for k in range(44)]
     raw_nih(root / "raw" / "nih", rows=list(zip(names, cycled, splits, strict=True)))
     raw_physionet(root / "raw" / "vinbig", n=16)
     raw_rsna(root / "raw" / "rsna")
