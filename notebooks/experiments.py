@@ -1,26 +1,41 @@
 """The runs behind notebook 06 and the tables of the README; started again, it goes on.
 
-    python notebooks/experiments.py pretrain                 # every variant below, 3 or 1 seeds
-    python notebooks/experiments.py pretrain reference side  # these alone
-    python notebooks/experiments.py evaluate                 # three pre-trainings a method, judged
+    python notebooks/experiments.py variants         # ablations on the demo set: variants.csv
+    python notebooks/experiments.py demo             # methods x labels x modes: demo.json
+    python notebooks/experiments.py real             # the same on real X-rays: real.json
+    python notebooks/experiments.py transfer         # pre-trained without the judged set
+    python notebooks/experiments.py floors           # what 16 x 16 pixels alone give: floors.json
+    python notebooks/experiments.py tables           # all of it as tables: tables.md
 
-Each run is a command of mlvicx.py on the demo set. `pretrain` adds a row to results/variants.csv
-for every pre-training and share of labels, `evaluate` an entry to results/demo.json for every cell
-of a table. On two cores a pre-training takes about three minutes; two processes share the work.
+Each run is a command of mlvicx.py; what it finds goes to notebooks/results/. Several processes may
+be started together: they share the work. `real` needs data/kermany, data/shenzhen and data/nih256,
+prepared by `python data_prep.py folder`. A pre-training takes three to ten minutes on two cores.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
+
+import numpy as np
+from sklearn.linear_model import Ridge
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import mlvicx as m  # noqa: E402
+import mlvicx as m
 
-RESULTS = HERE / "results"
+RESULTS, RUNS = HERE / "results", Path("runs/experiments")
 COMMON = "--amp bf16 --knn-every 1"  # bf16 halves the time on a CPU that has it
 VICREG = "--context none --local-weight 0"
+METHODS = {
+    "random": None,
+    "VICReg": f"{VICREG} --no-final-bn",
+    "VICReg, last BatchNorm": VICREG,
+    "MLVICX": "",
+}
+# The ablations keep the recipe at which the sweep began; it then found a stronger jitter better.
+ABLATION = "--jitter 0.2"
 REPEATED = {  # three pre-trainings each
     "random": None,
     "reference": "",
@@ -48,6 +63,7 @@ ONCE = {  # one pre-training each
     "gamma 5": "--cov-coeff 5",
     "no jitter": "--jitter 0",
     "jitter 0.4": "--jitter 0.4",
+    "jitter 0.6": "--jitter 0.6",
     "no crop": "--crop-min 1",
     "crop from 0.08": "--crop-min 0.08",
     "blur 2": "--blur 2",
@@ -55,33 +71,130 @@ ONCE = {  # one pre-training each
     "solarize 0.2": "--solarize 0.2",
 }
 SHARES = (0.01, 0.1, 0.3, 1)
-METHODS = ("random", "VICReg", "VICReg, last BatchNorm", "reference")
-
-
-def folder(name, seed):
-    return Path("runs") / "variants" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+# Fine-tuning epochs by share of labels: few images need more of them.
+EPOCHS = {0.01: 20, 0.1: 15, 0.3: 8, 1: 5}
+# The demo preset's rates for real X-rays, with milder crops than the authors'.
+REAL = "--size 64 --epochs 5 --lr 0.008 --trust 1 --warmup-epochs 0.5 --embedding-dim 512"
+REAL += " --crop-min 0.5 --jitter 0.4 --blur 0 --solarize 0"
+TASKS = {  # what is judged: command, flags, shares of labels
+    "demo": ("classify", "--data demo", SHARES),
+    "pneumothorax": ("segment", "--data demo --size 64", (0.1, 1)),
+    "kermany": ("classify", "--data kermany --findings Bacterial,Viral --size 64", SHARES),
+    "shenzhen": ("classify", "--data shenzhen --size 64", SHARES[1:]),
+    "nih256": ("classify", "--data nih256 --findings Pneumonia --size 64", SHARES[1:]),
+    "lungs": ("segment", "--data shenzhen --size 64", (0.1, 1)),
+}
+# Sets to pre-train on, their flags, and the tasks judged with the result.
+STUDIES = {
+    "demo": ("demo", "", ("demo", "pneumothorax")),
+    "real": ("kermany,shenzhen,nih256", REAL, ("kermany", "shenzhen", "nih256", "lungs")),
+    "transfer": ("kermany,nih256", REAL, ("shenzhen",)),
+}
 
 
 def command(words):
     """Runs one command of mlvicx.py from its words."""
-    given = vars(m.build_parser().parse_args(words))
+    given = vars(m.build_parser().parse_args(words.split()))
     cls, run = m.COMMANDS[given["command"]]
     return run(m.make_config(given.pop("command"), cls, given))
 
 
+def folder(*names):
+    """Run folder of one job."""
+    return RUNS / "-".join(str(name).replace(", ", "-").replace(" ", "-") for name in names)
+
+
+def pretrained(study, method, flags, seed):
+    """Pre-trains once and for all; returns the encoder file."""
+    data, common, _ = STUDIES[study]
+    out = folder(study, method, seed)
+    if not (out / "done").exists():
+        command(f"pretrain --data {data} {common} {COMMON} {flags} --seed {seed} --out {out}")
+        (out / "done").touch()
+    return f"{out}/encoder.pt"
+
+
+def jobs(study):
+    """Every job of a table, as (function without arguments, name), cheap and important first."""
+    for seed in range(3):
+        for method in ("MLVICX",) if study == "transfer" else [*METHODS][1:]:
+            yield lambda a=(method, METHODS[method], seed): pretrained(study, *a), (method, seed)
+    for mode in ("frozen",) if study == "transfer" else ("frozen", "finetune"):
+        for task in STUDIES[study][2]:
+            for share in TASKS[task][2]:
+                for method in ("MLVICX",) if study == "transfer" else METHODS:
+                    name = (study, task, mode, share, method)
+                    yield lambda name=name: judge(*name), name[1:]
+
+
+def judge(study, task, mode, share, method):
+    """One cell of a table: three pre-trainings, or three random initialisations."""
+    out, (verb, flags, _) = folder(study, task, mode, share, method), TASKS[task]
+    if (out / "results.json").exists():
+        return
+    made = [folder(study, method, seed) for seed in range(3)]
+    if method != "random" and not all((p / "done").exists() for p in made):
+        raise m.UserError("its pre-trainings are not finished")
+    weights = ",".join(f"{p}/encoder.pt" for p in made)
+    words = f"{verb} {flags} --mode {mode} --labels {share:g} --amp bf16"
+    words += " --weights random --seeds 3" if method == "random" else f" --weights {weights}"
+    if mode == "finetune" or verb == "segment":
+        words += f" --epochs {EPOCHS[share]}"
+    found = command(f"{words} --out {out}")
+    entry = {"study": study, "task": task, "method": method, "command": words} | found
+    entry["task"] = task
+    if verb == "classify":
+        entry["groups"] = group_means(out, m.PreparedData(flags.split()[1]))
+    with m.replacing(out / "entry.json") as f:
+        f.write(json.dumps(entry).encode())
+
+
+def group_means(out, data):
+    """Mean test AUROC of coarse and of fine findings: mean and std over the runs of a cell."""
+    y, found = data.labels[data.indices("test")], {}
+    runs = [m.finding_aurocs(np.load(p), y)[1:] for p in sorted(out.glob("unit-*.npy"))]
+    for group, names in data.meta.get("groups", {}).items():
+        means = [np.mean([run[data.findings.index(name)] for name in names]) for run in runs]
+        found[group] = {"mean": np.mean(means), "std": np.std(means, ddof=1)}
+    return found
+
+
+def table(study):
+    """Does every job of a table that is not done, then writes results/<study>.json."""
+    left = [*jobs(study)]
+    while left:
+        todo, left = left, []
+        for job, name in todo:
+            try:
+                job()
+            except m.UserError as e:  # another process is at it, or has to come first
+                print(*name, "waits:", e)
+                left.append((job, name))
+            collect(study)
+        time.sleep(5 * bool(left))
+
+
+def collect(study):
+    """Gathers the finished cells, one a line."""
+    cells = [p.read_text() for p in sorted(RUNS.glob(f"{study}-*/entry.json"))]
+    with m.replacing(RESULTS / f"{study}.json") as f:
+        f.write(("[\n" + ",\n".join(cells) + "\n]\n").encode())
+
+
 def variant_rows(name, flags, seed):
     """Pre-trains one variant with one seed and probes it: a row for every share of labels."""
-    out, metrics = folder(name, seed), {}
+    out, metrics = folder("variant", name, seed), {}
     weights = "random"
     if flags is not None:
-        command(f"pretrain {COMMON} {flags} --seed {seed} --out {out}".split())
+        flags = f"{ABLATION} {flags}"
+        command(f"pretrain {COMMON} {flags} --seed {seed} --out {out}")
         weights = f"{out}/encoder.pt"
         last = m.pd.read_csv(out / "metrics.csv").iloc[-1]
         metrics = {k: last.get(k) for k in ("rank_global", "rank_local", "knn_auroc", "val_loss")}
     groups = m.PreparedData("demo").meta["groups"]
     for share in SHARES:
         words = f"classify --weights {weights} --labels {share} --seed {seed} --out {out}-{share}"
-        found = command([*words.split(), "--overwrite"])["test"]
+        found = command(f"{words} --overwrite")["test"]
         auroc = {k: v["auroc"]["mean"] for k, v in found["per_finding"].items()}
         precision = {f"AP {k}": v["average_precision"] for k, v in found["per_finding"].items()}
         means = {g: sum(auroc[k] for k in names) / len(names) for g, names in groups.items()}
@@ -89,55 +202,104 @@ def variant_rows(name, flags, seed):
         yield row | {"mean": found["mean_auroc"]["mean"]} | means | auroc | precision | metrics
 
 
-def pretrain_variants(names):
+def variants(names):
     """Appends the rows that results/variants.csv lacks; seed 0 of every variant comes first."""
     path, known = RESULTS / "variants.csv", REPEATED | ONCE
     for seed in range(3):
         for name in names or known:
-            done = m.pd.read_csv(path) if path.exists() else m.pd.DataFrame(columns=["variant"])
-            here = done[done.variant == name]
-            if name in ONCE and seed or len(here) and (here.seed == seed).any():
+            done = m.pd.read_csv(path)
+            if name in ONCE and seed or ((done.variant == name) & (done.seed == seed)).any():
                 continue
             try:
-                table = m.pd.DataFrame(variant_rows(name, known[name], seed))
+                rows = m.pd.DataFrame(variant_rows(name, known[name], seed))
             except m.UserError as e:
                 print(f"left to another process: {e}")
                 continue
-            table["knn_auroc"] = table.get("knn_auroc")
-            columns = done.columns if len(done.columns) > 1 else table.columns
-            text = (
-                table.reindex(columns=columns)
-                .round(5)
-                .to_csv(index=False, header=not path.exists())
-            )
+            rows = rows.reindex(columns=done.columns).round(5)
             with open(path, "a") as f:
-                f.write(text)
+                f.write(rows.to_csv(index=False, header=False))
 
 
-def evaluate():
-    """Adds to results/demo.json what it lacks: frozen and fine-tuned, every share of labels."""
-    path = RESULTS / "demo.json"
-    jobs = [("classify", mode, share) for share in SHARES for mode in ("frozen", "finetune")]
-    jobs += [("segment", mode, 0.1) for mode in ("frozen", "finetune")]
-    for task, mode, share in jobs:
-        for name in METHODS:
-            weights = ",".join(f"{folder(name, s)}/encoder.pt" for s in range(3))
-            weights = "random --seeds 3" if name == "random" else weights
-            words = f"{task} --weights {weights} --mode {mode} --labels {share:g} --amp bf16"
-            kept = json.loads(path.read_text()) if path.exists() else []
-            if words in [entry["command"] for entry in kept]:
-                continue
-            out = folder(f"{task} {mode} {share:g} {name}", "all")
-            found = command([*words.split(), "--out", str(out)])
-            kept.append({"method": name, "command": words} | found)
-            with m.replacing(path) as f:
-                f.write(json.dumps(kept, indent=1).encode())
+def floors():
+    """Test AUROC of a ridge on 16 x 16 pixels, and Dice of the mean mask, on the same splits."""
+    found = {}
+    for task, (verb, flags, _) in TASKS.items():
+        words = flags.split()
+        data = m.PreparedData(words[1])
+        train, val, test = (data.indices(s) for s in ("train", "val", "test"))
+        if verb == "segment":
+            train, val, test = (r[m.torch.from_numpy(data.has_mask[r])] for r in (train, val, test))
+            mean = data.masks[train].float().mean(0)
+            levels = np.arange(0.05, 1, 0.05)
+            best = max(levels, key=lambda t: dices(mean > t, data.masks[val])[0])
+            names = ("dice_all", "dice_positive", "dice_pooled", "dice_blank", "iou_pooled")
+            found[task] = dict(zip(names, dices(mean > best, data.masks[test]), strict=True))
+            continue
+        small = m.resize_images(data.images, 16).flatten(1).numpy()
+        names = words[3].split(",") if "--findings" in words else data.findings
+        found[task] = {}
+        for name in names:
+            y = data.labels[:, data.findings.index(name)].numpy()
+            fits = [Ridge(alpha).fit(small[train], y[train]) for alpha in 10.0 ** np.arange(-2, 4)]
+            best = max(fits, key=lambda f: m.auroc(f.predict(small[val]), y[val]))
+            found[task][name] = m.auroc(best.predict(small[test]), y[test])
+    with m.replacing(RESULTS / "floors.json") as f:
+        f.write(json.dumps(found, indent=1).encode())
+
+
+def tables():
+    """Writes results/tables.md: the cells of every study as tables, for the README."""
+    floor, out = json.loads((RESULTS / "floors.json").read_text()), []
+    for path in (RESULTS / f"{study}.json" for study in STUDIES):
+        cells = json.loads(path.read_text()) if path.exists() else []
+        for task in dict.fromkeys(cell["task"] for cell in cells):
+            here = [cell for cell in cells if cell["task"] == task]
+            for name, read in measures(here[0]).items():
+                base = floor[task].get(name, np.mean([*floor[task].values()]))
+                out += ["", f"**{path.stem}, {task}: {name}** (floor {base:.3f})", ""]
+                out += grid(here, read)
+    with m.replacing(RESULTS / "tables.md") as f:
+        f.write(("# Tables\n" + "\n".join(out) + "\n").encode())
+
+
+def measures(cell):
+    """What a cell reports: name -> function of a cell that gives {"mean", "std"}."""
+    if cell["test"].get("mean_auroc") is None:
+        return {
+            k: lambda c, k=k: c["test"][k] for k in ("dice_all", "dice_positive", "dice_pooled")
+        }
+    names = [*cell["test"]["per_finding"]]
+    if len(names) <= 2:
+        return {k: lambda c, k=k: c["test"]["per_finding"][k]["auroc"] for k in names}
+    groups = {f"mean of {g}": lambda c, g=g: c["groups"][g] for g in cell["groups"]}
+    return {"mean AUROC": lambda c: c["test"]["mean_auroc"]} | groups
+
+
+def grid(cells, read):
+    """Lines of a table: a row a method, a column a mode and share of labels."""
+    columns = sorted({(c["mode"] == "finetune", c["labels"]) for c in cells})
+    heads = [f"{'fine-tuned' if tuned else 'frozen'} {share:.0%}" for tuned, share in columns]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for method in METHODS:
+        row = {
+            (c["mode"] == "finetune", c["labels"]): read(c) for c in cells if c["method"] == method
+        }
+        texts = [f"{row[k]['mean']:.3f} ± {row[k]['std']:.3f}" if k in row else "" for k in columns]
+        lines += [f"| {method} | " + " | ".join(texts) + " |"] * bool(row)
+    return lines
+
+
+def dices(mask, masks):
+    """The five numbers of `dice_metrics` for one mask given to every image."""
+    return m.dice_metrics(m.mask_counts(mask.expand(len(masks), -1, -1), masks).numpy())
 
 
 if __name__ == "__main__":
     os.chdir(HERE.parent)
     which, *names = sys.argv[1:] or ["nothing"]
+    actions = {"floors": floors, "tables": tables, "variants": lambda: variants(names)}
+    actions |= {study: lambda: table(which) for study in STUDIES}
     unknown = set(names) - set(REPEATED | ONCE)
-    if which not in ("pretrain", "evaluate") or unknown:
-        sys.exit(f"expected pretrain [VARIANT ...] or evaluate, found {which} {sorted(unknown)}")
-    pretrain_variants(names) if which == "pretrain" else evaluate()
+    if which not in actions or unknown:
+        sys.exit(f"expected one of {[*actions]}, and names of variants; found {sys.argv[1:]}")
+    actions[which]()
