@@ -781,7 +781,7 @@ state = {"x": torch.full((5000,), 2.0), "turn": 2}
 if mode == "bytes":
     opened = open
     kills = lambda path, *a: Killer(opened(path, *a), left)
-    m.open = lambda path, *a: (kills if a[:1] == ("w+b",) else opened)(path, *a)
+    m.open = lambda path, *a: (kills if a[:1] == ("wb",) else opened)(path, *a)
 if mode in ("before", "between", "after"):
     replace, count = os.replace, [0]
     def dying(a, b):
