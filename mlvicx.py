@@ -1062,7 +1062,8 @@ def open_run(config, default, datasets):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another process; give another --out") from None
-        ours = [p for p in folder.iterdir() if p.name not in ("lock", "config.json")]
+        own = ("lock", record.name, f"{record.name}.tmp")
+        ours = [p for p in folder.iterdir() if p.name not in own]
         if record.exists() and not config.overwrite:
             found = json.loads(record.read_text())["settings"]
             for key, value in settings.items():
