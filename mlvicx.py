@@ -34,6 +34,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ import torch.distributed.nn  # noqa: F401  (gather with gradient)
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from sklearn.metrics import average_precision_score, roc_curve
+from sklearn.metrics import RocCurveDisplay, average_precision_score
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -1352,7 +1353,7 @@ class Trainer:
         return log
 
     def save(self, folder):
-        """Writes last.pt: plain tensors and values from which training goes on with the same bits."""
+        """Writes last.pt, tensors and plain values: training goes on from it with the same bits."""
         state = {k: getattr(self, k).state_dict() for k in ("model", "optimizer", "scaler")}
         state |= select(self, "step", "sums", "history")
         save_checkpoint(folder / "last.pt", state, keep_previous=True)
@@ -1427,8 +1428,7 @@ def pretrain(config):
     rows, held = pretraining_rows(sets, config.exclude_ids)
     batch, share = config.batch_size, config.batch_size // world
     possible = 2 * world <= batch <= len(rows) and batch % world == 0
-    expected = f"expected 2 to {len(rows)}, in {world} equal shares"
-    require(possible, f"--batch-size {batch}: {expected}")
+    require(possible, f"--batch-size {batch}: expected 2 to {len(rows)}, in {world} equal shares")
     steps = len(rows) // batch  # an epoch leaves out a remainder, another one each time
     total, mine = config.epochs * steps, slice(rank * share, (rank + 1) * share)
     views = RandomViews(**select(config, *(f.name for f in dataclasses.fields(RandomViews))))
@@ -1712,22 +1712,22 @@ def evaluate(config, task, data, device, unit, summary):
     Returns: the dict of results.json.
     """
     for split in ("train", "val", "test"):
-        lacking = f"{data.folder} has no {split} images; prepare it with a {split} split"
-        require(len(data.indices(split)), lacking)
-    files = config.weights.split(",")
-    for weights in files:
+        found = len(data.indices(split))
+        require(found, f"{data.folder} has no {split} images; prepare it with a {split} split")
+    encoders = config.weights.split(",")
+    for weights in encoders:
         load_encoder(weights, config)  # a file that does not fit leaves no run folder behind
     name, runs = f"{data.folder.name}-{task}-{config.mode}-{config.labels:g}", []
+    seeds = range(config.seed, config.seed + config.seeds)
     with open_run(config, name, [data]) as folder:
-        for i, weights in enumerate(files):
-            for seed in range(config.seed, config.seed + config.seeds):
-                path = folder / f"unit-{i}-{seed}.npy"
-                if not path.exists():
-                    encoder, origin = load_encoder(weights, config, seed)
-                    warn_overlap(origin.get("data", ()), data.meta["name"])
-                    torch.manual_seed(seed)
-                    store(path, np.save, unit(encoder.to(device), seed, folder))
-                runs.append(np.load(path))
+        for (i, weights), seed in product(enumerate(encoders), seeds):
+            path = folder / f"unit-{i}-{seed}.npy"
+            if not path.exists():
+                encoder, origin = load_encoder(weights, config, seed)
+                warn_overlap(origin.get("data", ()), data.meta["name"])
+                torch.manual_seed(seed)
+                store(path, np.save, unit(encoder.to(device), seed, folder))
+            runs.append(np.load(path))
         about = select(config, "data", "weights", "mode", "labels", "seeds")
         results = {"task": task} | about | {"test": summary(runs, folder)}
         store_json(folder / "results.json", results)
@@ -1805,12 +1805,9 @@ def roc_figure(scores, y, names):
     """ROC curves of one run: (n, F) scores and labels."""
     axis = (figure := Figure(figsize=(5, 5), layout="constrained")).subplots()
     for name, s, label in zip(names, scores.T, y.T, strict=True):
-        if not math.isnan(area := auroc(s, label)):
-            known = np.isfinite(label)
-            fpr, tpr, _ = roc_curve(label[known], s[known])
-            axis.plot(fpr, tpr, label=f"{name} {area:.3f}")
-    axis.set(xlabel="1 - specificity", ylabel="sensitivity", title="test")
-    axis.legend(fontsize=7)
+        known = np.isfinite(label)
+        if len(set(label[known])) == 2:
+            RocCurveDisplay.from_predictions(label[known], s[known], name=name, ax=axis)
     return figure
 
 
@@ -1844,8 +1841,7 @@ def segment(config):
     Args: config: SegmentConfig. Returns: the dict of results.json.
     """
     device, data = setup(config)[0], open_sets(config)[0]
-    lacking = f"{data.folder} has no masks.npy; segment needs a set with masks"
-    require(data.masks is not None, lacking)
+    require(data.masks is not None, f"{data.folder} has no masks.npy; segment needs masks")
 
     def masked(rows):
         return rows[torch.from_numpy(data.has_mask[rows])]
@@ -1910,7 +1906,7 @@ def gradcam(model, images, finding):
     Args: model: Classifier, in eval mode. images: (B, 3, H, W). finding: column of the logits.
     Returns: (B, H, W) in [0, 1]. Source: arXiv:1610.02391.
     """
-    x, encoder = images, model.encoder
+    x, encoder = images.expand(-1, 3, -1, -1), model.encoder
     for level in LEVELS:
         x = encoder.stage(level, x)
         x = encoder.context[str(level)](x) if encoder.arch["context"] == "inline" else x
@@ -1935,8 +1931,7 @@ def predict_folder(config):
     from data_prep import read_xray, resize_xray
 
     device, state = setup(config)[0], load_checkpoint(config.weights)
-    held = f"{config.weights} is no classifier; expected classifier.pt of `classify`"
-    require("classifier" in state, held)
+    require("classifier" in state, f"{config.weights} is not a classifier.pt of `classify`")
     model = Classifier(Encoder(**state["arch"]), len(state["findings"])).to(device)
     load_weights(model, state["classifier"], config.weights)
     root, out, table = Path(config.predict), Path(config.out or "predictions.csv"), {}
