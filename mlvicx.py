@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,12 +29,12 @@ import platform
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ import torch.distributed.nn  # noqa: F401  (gather with gradient)
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from sklearn.metrics import average_precision_score, roc_curve
+from sklearn.metrics import RocCurveDisplay, average_precision_score
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -62,6 +63,12 @@ XRAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 
 class UserError(ValueError):
     """A request that cannot be met; the message is the one line that the user reads."""
+
+
+def require(condition, message):
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 # ---------------------------------------------------------------- 2. configuration
@@ -951,49 +958,57 @@ def blur_matrix(sigma, size, taps=23):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A temporary file that takes the place of `path` as a whole, or not at all."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
+def replacing(path, previous=None):
+    """A temporary file that takes the place of `path` as a whole, or not at all.
+
+    Order: write, flush, fsync, rename; with `previous` the old file stays under that name.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w+b") as f:
+        with open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(f"{path} could not be written: {e}") from e
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sha256(f, end):
-    """Hex digest of the first `end` bytes of an open file, then two zero bytes."""
-    sha = hashlib.sha256()
-    f.seek(0)
-    for chunk in iter(lambda: f.read(min(1 << 20, end - f.tell())), b""):
-        sha.update(chunk)
-    sha.update(b"\0\0")
-    return sha.hexdigest().encode()
+def store(path, save, *args, **options):
+    """`save(file, *args, **options)` into a file that appears as a whole, or not at all."""
+    with replacing(path) as f:
+        save(f, *args, **options)
+
+
+def store_json(path, value):
+    """A JSON file, as a whole or not at all."""
+    with replacing(path) as f:
+        f.write(json.dumps(value, indent=1).encode())
+
+
+def _zip_comment(archive):
+    """The end of a zip archive: the length of its comment, and as comment the archive's SHA-256."""
+    digest = hashlib.sha256(archive).hexdigest().encode()
+    return len(digest).to_bytes(2, "little") + digest
 
 
 def save_checkpoint(path, state, keep_previous=False):
     """Writes tensors and plain values so that a kill at any instant leaves a whole file.
 
-    The SHA-256 of the archive stands in its zip comment, which torch.load ignores. Order: temporary
-    file, flush, fsync, rename; with `keep_previous` the old file stays as previous.pt.
+    The SHA-256 of the archive stands in its zip comment, which torch.load ignores. With
+    `keep_previous` the old file stays as previous.pt.
     """
-    path = Path(path)
-    with replacing(path) as f:
-        try:
-            torch.save(state, f)
-        except RuntimeError as e:  # what torch makes of a disk that fills up
-            raise OSError(f"{path} could not be written: {e.__context__ or e}") from e
-        end = f.seek(0, 2) - 2  # an archive ends in the length of its comment: two zero bytes
-        digest = _sha256(f, end)
-        f.seek(end)
-        f.write(len(digest).to_bytes(2, "little") + digest)
-        f.flush()
-        os.fsync(f.fileno())
-        if keep_previous and path.exists():
-            os.replace(path, path.with_name("previous.pt"))
+    buffer, path = io.BytesIO(), Path(path)
+    torch.save(state, buffer)
+    archive = buffer.getbuffer()  # ends in the length of an empty comment: two zero bytes
+    with replacing(path, path.with_name("previous.pt") if keep_previous else None) as f:
+        f.write(archive[:-2])
+        f.write(_zip_comment(archive))
 
 
 def load_checkpoint(path):
@@ -1001,15 +1016,13 @@ def load_checkpoint(path):
 
     Raises: UserError if the file is missing, damaged, or not one of ours.
     """
-    if not Path(path).is_file():
-        raise UserError(f"looked for a weight file at {path}: there is none")
-    with open(path, "rb") as f:
-        end = max(f.seek(0, 2) - 66, 0)
-        f.seek(end + 2)
-        if f.read() != _sha256(f, end):
-            raise UserError(f"{path} is damaged, or not written by this program: SHA-256 differs")
+    require(Path(path).is_file(), f"looked for a weight file at {path}: there is none")
+    found = Path(path).read_bytes()
+    archive = found[:-66] + b"\0\0"
+    sound = found[-66:] == _zip_comment(archive)
+    require(sound, f"{path} is damaged, or not written by this program: SHA-256 differs")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a hostile archive makes the reader raise
         raise UserError(f"{path} does not load: {str(e).splitlines()[0]}") from e
 
@@ -1021,6 +1034,14 @@ def load_weights(module, state, path):
     except RuntimeError as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(f"{path} is of another architecture: {reason}") from e
+
+
+LOSS_WEIGHTS = ("local_weight", "sim_coeff", "std_coeff", "cov_coeff")
+
+
+def select(config, *names):
+    """Some settings of a configuration, as keyword arguments."""
+    return {name: getattr(config, name) for name in names}
 
 
 @contextlib.contextmanager
@@ -1042,34 +1063,33 @@ def open_run(config, default, datasets):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another process; give another --out") from None
-        ours = [p for p in folder.iterdir() if p.name != "lock"]
+        own = ("lock", record.name, f"{record.name}.tmp")
+        ours = [p for p in folder.iterdir() if p.name not in own]
         if record.exists() and not config.overwrite:
             found = json.loads(record.read_text())["settings"]
-            for key in (k for k in settings if found.get(k) != settings[k]):
-                raise UserError(
-                    f"{folder} holds a run with {key} = {found.get(key)}, now {settings[key]}; "
-                    "give --overwrite to start again, or another --out"
-                )
-        elif ours and not record.exists():
-            raise UserError(f"{folder} holds files that are not of a run; give another --out")
+            for key, value in settings.items():
+                text = f"{folder} holds a run with {key} = {found.get(key)}, now {value}; give "
+                text += "--overwrite to start again, or another --out"
+                require(found.get(key) == value, text)
         else:
+            foreign = ours and not record.exists()
+            require(not foreign, f"{folder} holds files that are not of a run; give another --out")
             for path in ours:
                 path.unlink()
             about = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
             about |= {"settings": settings, "command": sys.argv, "machine": platform.platform()}
-            with replacing(record) as f:
-                f.write(json.dumps(about, indent=1).encode())
+            store_json(record, about)
         yield folder
 
 
 def setup(config):
     """Device and process group of a run: (device, rank, world size)."""
     torch.set_flush_denormal(True)  # momenta that decay to denormals make a CPU ten times slower
-    name = config.device
+    name, cuda = config.device, torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda") or name != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch has no such device here; use --device cpu")
+        name = "cuda" if cuda else "cpu"
+    known = name == "cpu" or cuda and name.split(":")[0] == "cuda"
+    require(known, f"--device {name}: PyTorch has no such device here; use --device cpu")
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo" if name == "cpu" else "nccl")
     if name == "cuda":
@@ -1095,6 +1115,13 @@ def gather(z):
     return torch.cat(dist.nn.functional.all_gather(z)) if dist.is_initialized() else z
 
 
+def any_process(flag, device):
+    """Whether the flag is set in one process at least."""
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def auroc(scores, labels, weights=None):
     """Area under the ROC curve, ties counted half.
 
@@ -1106,13 +1133,10 @@ def auroc(scores, labels, weights=None):
     known = np.isfinite(labels)
     scores, labels = np.asarray(scores)[known], np.asarray(labels)[known]
     weights = np.ones(len(labels)) if weights is None else weights[known]
-    order = np.argsort(scores, kind="stable")
-    scores, positive = scores[order], (weights * labels)[order]
-    negative = weights[order] - positive
+    _, group = np.unique(scores, return_inverse=True)  # one group a distinct score, ascending
+    positive, negative = (np.bincount(group, weights * y) for y in (labels, 1 - labels))
     if positive.sum() == 0 or negative.sum() == 0:
         return math.nan
-    starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # one group a distinct score
-    positive, negative = np.add.reduceat(positive, starts), np.add.reduceat(negative, starts)
     below = np.cumsum(negative) - negative
     return float((positive * (below + negative / 2)).sum() / (positive.sum() * negative.sum()))
 
@@ -1152,6 +1176,16 @@ def knn_scores(train, labels, test, k=20):
     return labels[similarity.topk(min(k, len(train))).indices].nanmean(1)  # (m, k, F) -> (m, F)
 
 
+def knn_auroc(encoder, data, config, device):
+    """Mean k-NN AUROC on the validation labels of one set, from at most 2,000 training images."""
+    train, val = data.indices("train"), data.indices("val")
+    if not (data.findings and len(val) and len(train)):
+        return math.nan
+    train = train[torch.randperm(len(train), generator=generator(config.seed, "knn"))[:2000]]
+    x, y = (predict(encoder, data.images, r, config.size, device, config.amp) for r in (train, val))
+    return finding_aurocs(knn_scores(x, data.labels[train], y), data.labels[val])[0]
+
+
 def effective_rank(z):
     """exp(entropy of the normalised singular values) of centred embeddings (B, D); 0 if constant.
 
@@ -1173,12 +1207,6 @@ def collapse_warning(row):
             return f"warning: {found}: raise --std-coeff, lower --lr or weaken the views"
 
 
-def loss_weights(config):
-    """The loss weights of a configuration, as `mlvicx_loss` names them."""
-    names = ("local_weight", "sim_coeff", "std_coeff", "cov_coeff")
-    return {name: getattr(config, name) for name in names}
-
-
 @torch.no_grad()
 def monitor(model, sets, rows, views, config, device, epoch):
     """Health on validation images: loss on fixed views, std and rank of both embeddings, k-NN.
@@ -1186,47 +1214,32 @@ def monitor(model, sets, rows, views, config, device, epoch):
     Args: rows: pooled rows of validation images. Returns: dict of floats for metrics.csv.
     """
     model.eval()
-    row, logs, embedded = {}, [], {"global": [], "local": []}
+    row, logs, embedded = {}, [], []
     size = min(config.batch_size, len(rows))
-    batches = rows[: max(size, 512 // max(size, 1) * size)].split(max(size, 1))
-    for i, batch in enumerate(b for b in batches if len(b) == size > 1):
-        view1, view2 = views(
-            gather_images(sets, batch).to(device), generator(config.seed, "val", i)
-        )
+    batches = rows.unfold(0, size, size)[: max(1, 512 // size)] if size > 1 else ()  # whole ones
+    for i, batch in enumerate(batches):
+        images = gather_images(sets, batch).to(device)
+        pair = views(images, generator(config.seed, "val", i))
         with autocast(device, config.amp):
-            embeddings = model(view1, view2)
-        logs.append(mlvicx_loss(*embeddings, **loss_weights(config))[1])
-        for chunks, pair in zip(embedded.values(), embeddings, strict=True):
-            chunks += [pair[0].float().cpu()] if pair else []
+            embeddings = model(*pair)
+        logs.append(mlvicx_loss(*embeddings, **select(config, *LOSS_WEIGHTS))[1])
+        embedded.append([z[0].float().cpu() for z in embeddings if z])
     for key in logs[0] if logs else ():
         row[f"val_{key}"] = float(torch.stack([log[key] for log in logs]).mean())
-    for head, z in embedded.items():
-        if z:
-            row[f"std_{head}"] = float(torch.cat(z).std(0).mean())
-            row[f"rank_{head}"] = effective_rank(torch.cat(z))
+    for head, z in zip(("global", "local"), map(torch.cat, zip(*embedded)), strict=False):
+        row |= {f"std_{head}": float(z.std(0).mean()), f"rank_{head}": effective_rank(z)}
     if config.knn_every and (epoch % config.knn_every == 0 or epoch == config.epochs):
-        scores = [_knn_auroc(model.encoder, s, config, device) for s in sets]
+        scores = [knn_auroc(model.encoder, s, config, device) for s in sets]
         row["knn_auroc"] = float(np.mean(scores))
     model.train()
     return row
 
 
-def _knn_auroc(encoder, data, config, device):
-    """Mean k-NN AUROC on the validation labels of one set, from at most 2,000 training images."""
-    train, val = data.indices("train"), data.indices("val")
-    if not (data.findings and len(val) and len(train)):
-        return math.nan
-    train = train[torch.randperm(len(train), generator=generator(config.seed, "knn"))[:2000]]
-    x, y = (predict(encoder, data.images, r, config.size, device, config.amp) for r in (train, val))
-    return finding_aurocs(knn_scores(x, data.labels[train], y), data.labels[val])[0]
-
-
 def imagenet_state(backbone):
     """torchvision's ImageNet weights of a ResNet, without the classifier; needs network once."""
+    weights = torchvision.models.get_model_weights(backbone).DEFAULT
     try:
-        state = torchvision.models.get_model_weights(backbone).DEFAULT.get_state_dict(
-            progress=False
-        )
+        state = weights.get_state_dict(progress=False)
     except (OSError, RuntimeError) as e:
         raise UserError(f"no ImageNet weights for {backbone} ({e}); use random ones") from e
     return {k: v for k, v in state.items() if not k.startswith("fc.")}
@@ -1237,7 +1250,7 @@ def build_model(config):
     torch.manual_seed(config.seed)
     names = ("backbone", "context", "attention", "levels", "embedding_dim", "final_bn")
     try:
-        model = MLVICX(**{n: getattr(config, n) for n in names}, local=config.local_weight > 0)
+        model = MLVICX(**select(config, *names), local=config.local_weight > 0)
     except ValueError as e:
         raise UserError(str(e)) from e
     if config.init == "imagenet":
@@ -1251,83 +1264,70 @@ def open_sets(config):
     if "demo" in names and not demo.exists():
         import data_prep
 
-        if data_prep.main(["demo", "--out", str(demo)]):
-            raise UserError("the demo set could not be made; see the line above")
+        failed = data_prep.main(["demo", "--out", str(demo)])
+        require(not failed, "the demo set could not be made; see the line above")
     sets = [PreparedData(name, config.data_root) for name in names]
-    if len({s.size for s in sets}) > 1:
-        raise UserError(f"pooled sets differ in size: {[(s.meta['name'], s.size) for s in sets]}")
+    sizes = {s.meta["name"]: s.size for s in sets}
+    require(len(set(sizes.values())) == 1, f"pooled sets differ in size: {sizes}")
     return sets
 
 
 def pretraining_rows(sets, exclude_ids=""):
     """Rows of the pooled sets: train and validation images to train on, validation to watch."""
-    banned = set(Path(exclude_ids).read_text().split()) if exclude_ids else set()
+    banned = Path(exclude_ids).read_text().split() if exclude_ids else []
     train, val, start = [], [], 0
     for data in sets:
-        keep = torch.tensor([name not in banned for name in data.names])
-        use, held = data.indices("train", "val"), data.indices("val")
-        train.append(use[keep[use]] + start)
-        val.append(held + start)
+        rows = data.indices("train", "val")
+        keep = torch.from_numpy(~np.isin(data.names[rows], banned))
+        train.append(rows[keep] + start)
+        val.append(data.indices("val") + start)
         start += len(data.images)
     val = torch.cat(val)
     return torch.cat(train), val[torch.randperm(len(val), generator=generator("monitor"))]
 
 
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a number that the loop reads between steps."""
-
-    def __enter__(self):
-        self.number, main = 0, threading.current_thread() is threading.main_thread()
-        names = (signal.SIGINT, signal.SIGTERM) if main else ()
-        self.old = {s: signal.signal(s, lambda n, frame: setattr(self, "number", n)) for s in names}
-        return self
-
-    def __exit__(self, *error):
-        for s, handler in self.old.items():
-            signal.signal(s, handler)
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that Ctrl-C and SIGTERM fill, for the loop to read between steps."""
+    caught = []
+    with contextlib.ExitStack() as stack:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            old = signal.signal(name, lambda number, frame: caught.append(number))
+            stack.callback(signal.signal, name, old)
+        yield caught
 
 
 class FiniteWatch:
     """Stops a run on a number that is not finite, without waiting for the device at each step."""
 
     def __init__(self):
-        self.queue = deque()
+        self.reader, self.queue = ThreadPoolExecutor(1), deque()
 
     def push(self, step, log):
         """Takes the scalars of a step; looks at those of earlier steps that have arrived."""
-        values, event = torch.stack([v.float() for v in log.values()]), None
-        if values.is_cuda:
-            host = torch.empty(len(values), pin_memory=True)
-            values, event = host.copy_(values, non_blocking=True), torch.cuda.Event()
-            event.record()
-        self.queue.append((step, list(log), values, event))
+        values = torch.stack([v.float() for v in log.values()])
+        self.queue.append((step, list(log), self.reader.submit(values.tolist)))
         self.check(wait=False)
 
     def check(self, wait=True):
         """Raises UserError for the first number that is not finite."""
-        while self.queue and (wait or self.queue[0][3] is None or self.queue[0][3].query()):
-            step, names, values, event = self.queue.popleft()
-            if event is not None:
-                event.synchronize()
-            for name, value in zip(names, values.tolist(), strict=True):
-                if not math.isfinite(value):
-                    raise UserError(
-                        f"step {step}: {name} is {value}; stopped, the last good checkpoint is "
-                        "kept; lower --lr or use --amp off"
-                    )
+        kept = "stopped, the last good checkpoint is kept; lower --lr or use --amp off"
+        while self.queue and (wait or self.queue[0][2].done()):
+            step, names, values = self.queue.popleft()
+            for name, value in zip(names, values.result(), strict=True):
+                require(math.isfinite(value), f"step {step}: {name} is {value}; {kept}")
 
 
 class Trainer:
     """Everything that a pre-training step changes, and the step itself."""
 
     def __init__(self, config, device, world=1):
-        self.config, self.device, self.step = config, device, 0
-        self.sums, self.history = {}, []
+        self.config, self.device = config, device
+        self.step, self.sums, self.history = 0, {}, []
         self.model = build_model(config).to(device, memory_format=torch.channels_last)
         if world > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        lars = {k: getattr(config, k) for k in ("weight_decay", "trust")}
-        self.optimizer = LARS(self.model.parameters(), **lars)
+        self.optimizer = LARS(self.model.parameters(), **select(config, "weight_decay", "trust"))
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.call = torch.compile(self.model) if config.compile else self.model
         self.call = nn.parallel.DistributedDataParallel(self.call) if world > 1 else self.call
@@ -1337,7 +1337,7 @@ class Trainer:
         with autocast(self.device, self.config.amp):
             pairs = self.call(view1, view2)
         pairs = [pair and tuple(gather(z) for z in pair) for pair in pairs]
-        loss, log = mlvicx_loss(*pairs, **loss_weights(self.config))
+        loss, log = mlvicx_loss(*pairs, **select(self.config, *LOSS_WEIGHTS))
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -1352,10 +1352,11 @@ class Trainer:
             del log["grad_norm"]  # infinite where the scaler skips a step, which is its business
         return log
 
-    def state(self):
-        """Plain tensors and values from which training goes on with the same bits."""
+    def save(self, folder):
+        """Writes last.pt, tensors and plain values: training goes on from it with the same bits."""
         state = {k: getattr(self, k).state_dict() for k in ("model", "optimizer", "scaler")}
-        return state | {k: getattr(self, k) for k in ("step", "sums", "history")}
+        state |= select(self, "step", "sums", "history")
+        save_checkpoint(folder / "last.pt", state, keep_previous=True)
 
     def restore(self, folder):
         """Goes on from the newest whole checkpoint of a run folder, if it holds any.
@@ -1377,8 +1378,7 @@ class Trainer:
             reason = f" ({damage[0]})" if damage else ""
             print(f"{folder}: going on from step {self.step} of {path.name}{reason}")
             return
-        if damage:
-            raise UserError("; ".join(damage) + "; give --overwrite to start again")
+        require(not damage, "; ".join(damage) + "; give --overwrite to start again")
 
     def finish_epoch(self, lr, steps, sets, held, views, folder):
         """Monitor, history, encoder.pt, last.pt, metrics.csv: in this order no kill loses any."""
@@ -1389,17 +1389,10 @@ class Trainer:
         self.history, self.sums = [*self.history, row], {}
         about = {"arch": encoder.arch, "size": config.size, "data": [s.meta["name"] for s in sets]}
         save_checkpoint(folder / "encoder.pt", {"encoder": encoder.state_dict()} | about)
-        save_checkpoint(folder / "last.pt", self.state(), keep_previous=True)
+        self.save(folder)
         log_epochs(folder, self.history)
-        shown = (
-            "loss",
-            "loss_global",
-            "loss_local",
-            "val_loss",
-            "rank_global",
-            "rank_local",
-            "knn_auroc",
-        )
+        shown = ("loss", "loss_global", "loss_local", "val_loss")
+        shown += ("rank_global", "rank_local", "knn_auroc")
         line = "  ".join(f"{k} {row[k]:.3f}" for k in shown if k in row)
         tqdm.write(f"epoch {epoch}/{config.epochs}  {line}")
         if warning := collapse_warning(row):
@@ -1409,18 +1402,16 @@ class Trainer:
 def log_epochs(folder, history):
     """Rewrites metrics.csv and curves.png from the history that the checkpoint holds."""
     table = pd.DataFrame(history)
-    with replacing(folder / "metrics.csv") as f:
-        table.to_csv(f, index=False)
+    store(folder / "metrics.csv", table.to_csv, index=False)
     figure = Figure(figsize=(12, 3), layout="constrained")
     panels = {"loss": "loss", "embedding std": "std", "effective rank": "rank", "k-NN AUROC": "knn"}
     for axis, (title, prefix) in zip(figure.subplots(1, 4), panels.items(), strict=True):
         axis.set(title=title, xlabel="epoch")
-        for name in table.columns[table.columns.str.contains(f"^(?:val_)?{prefix}")]:
+        for name in table.filter(regex=f"^(?:val_)?{prefix}"):
             axis.plot("epoch", name, ".-", data=table.dropna(subset=name), label=name)
         if axis.lines:
             axis.legend(fontsize=6)
-    with replacing(folder / "curves.png") as f:
-        figure.savefig(f, dpi=100)
+    store(folder / "curves.png", figure.savefig, dpi=100)
 
 
 def pretrain(config):
@@ -1436,28 +1427,23 @@ def pretrain(config):
     sets = open_sets(config)
     rows, held = pretraining_rows(sets, config.exclude_ids)
     batch, share = config.batch_size, config.batch_size // world
-    if not 2 * world <= batch <= len(rows) or batch % world:
-        raise UserError(f"--batch-size {batch}: expected 2 to {len(rows)}, in {world} equal shares")
+    possible = 2 * world <= batch <= len(rows) and batch % world == 0
+    require(possible, f"--batch-size {batch}: expected 2 to {len(rows)}, in {world} equal shares")
     steps = len(rows) // batch  # an epoch leaves out a remainder, another one each time
     total, mine = config.epochs * steps, slice(rank * share, (rank + 1) * share)
-    views = RandomViews(
-        **{f.name: getattr(config, f.name) for f in dataclasses.fields(RandomViews)}
-    )
-    cuda, resident = device.type == "cuda", None
-    if cuda and sum(s.images.numel() for s in sets) < torch.cuda.mem_get_info(device)[0] / 2:
-        resident = torch.cat([s.images.to(device) for s in sets])
+    views = RandomViews(**select(config, *(f.name for f in dataclasses.fields(RandomViews))))
 
     def load(step):
         order = torch.randperm(len(rows), generator=generator(config.seed, "order", step // steps))
-        images = gather_images(sets, rows[order[step % steps * batch :][:batch][mine]], resident)
+        images = gather_images(sets, rows[order[step % steps * batch :][:batch][mine]])
         params = views.draw(batch, sets[0].size, generator(config.seed, "views", step))
-        images = images.pin_memory() if cuda and resident is None else images
+        images = images.pin_memory() if device.type == "cuda" else images
         return step, images, {k: v[:, mine] for k, v in params.items()}
 
     default = "-".join(s.folder.name for s in sets)
     folder, watch = Path(config.out or Path("runs") / default), FiniteWatch()
     owner = open_run(config, default, sets) if rank == 0 else contextlib.nullcontext()
-    with owner, StopSignal() as stop:
+    with owner, stop_signals() as stop:
         if world > 1:
             dist.barrier()
         trainer = Trainer(config, device, world)
@@ -1469,19 +1455,16 @@ def pretrain(config):
             view1, view2 = views(images.to(device, non_blocking=True), params=params)
             watch.push(step, trainer.train_step(view1, view2, lr))
             bar.update()
-            at_end = trainer.step % steps == 0
-            if at_end:
+            at_end, stopped = trainer.step % steps == 0, bool(stop)
+            if at_end or stopped and world == 1:
                 watch.check()
-                if rank == 0:
-                    trainer.finish_epoch(lr, steps, sets, held, views, folder)
-                if world > 1:  # a signal reaches the processes at different steps
-                    flag = torch.tensor(stop.number, device=device)
-                    dist.all_reduce(flag, dist.ReduceOp.MAX)
-                    stop.number = int(flag)
-            if stop.number and (at_end or world == 1):
-                watch.check()
+            if at_end and rank == 0:
+                trainer.finish_epoch(lr, steps, sets, held, views, folder)
+            if world > 1:  # a signal reaches the processes at different steps: they stop together
+                stopped = at_end and any_process(stopped, device)
+            if stopped:
                 if not at_end:
-                    save_checkpoint(folder / "last.pt", trainer.state(), keep_previous=True)
+                    trainer.save(folder)
                 print(f"stopped at step {trainer.step}; the same command goes on from there")
                 raise KeyboardInterrupt
         if rank == 0:
@@ -1500,7 +1483,7 @@ def load_encoder(weights, config, seed=0):
     """
     if weights == "random":
         torch.manual_seed(seed)
-        return Encoder(config.backbone, config.context, config.attention), {}
+        return Encoder(**select(config, "backbone", "context", "attention")), {}
     if weights == "imagenet":  # without blocks: random inline ones would spoil its features
         encoder = Encoder(config.backbone, "none")
         encoder.load_state_dict(imagenet_state(config.backbone))
@@ -1508,8 +1491,8 @@ def load_encoder(weights, config, seed=0):
     # Deviation: a file that does not fit is an error, never silently a random encoder, and the
     # context-bottlenecks that were trained go along; the authors drop them downstream.
     state = load_checkpoint(weights)
-    if not {"encoder", "arch"} <= set(state):
-        raise UserError(f"{weights} holds {sorted(state)}, not an encoder; expected an encoder.pt")
+    held = f"{weights} holds {sorted(state)}, not an encoder; expected an encoder.pt"
+    require({"encoder", "arch"} <= set(state), held)
     encoder = Encoder(**state["arch"])
     load_weights(encoder, state["encoder"], weights)
     return encoder, state
@@ -1522,8 +1505,8 @@ def label_subset(data, fraction, seed=0):
     """
     # Deviation: drawn by patient; the authors draw images, so that one patient is on both sides.
     rows = data.indices("train")
-    digest = lambda p: hashlib.sha256(f"{seed}:{p}".encode()).digest()  # noqa: E731
-    patients = sorted(set(data.patient[rows]), key=digest)
+    drawn = {p: hashlib.sha256(f"{seed}:{p}".encode()).digest() for p in data.patient[rows]}
+    patients = sorted(drawn, key=drawn.get)
     chosen = patients[: math.ceil(fraction * len(patients))]
     return rows[torch.from_numpy(np.isin(data.patient[rows], chosen))]
 
@@ -1591,23 +1574,17 @@ class UNetDecoder(nn.Module):
         super().__init__()
         below, self.blocks = channels[-1], nn.ModuleList()
         for skip, width in zip(channels[-2::-1], widths, strict=True):
-            layers = []
-            for fan_in in (below + skip, width):
-                layers += [nn.Conv2d(fan_in, width, 3, padding=1, bias=False)]
-                layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            layers = [torchvision.ops.Conv2dNormActivation(c, width) for c in (below + skip, width)]
             self.blocks.append(nn.Sequential(*layers))
             below = width
         self.head = nn.Conv2d(below, 1, 1)
 
     def forward(self, maps, size):
-        def resize(x, size):
-            return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
         x = maps[-1]
         for skip, block in zip(maps[-2::-1], self.blocks, strict=True):
-            x = resize(x, skip.shape[2:])
+            x = F.interpolate(x, size=skip.shape[2:], mode="bilinear")
             x = block(torch.cat([x, skip], 1))  # (B, C + C_k, H_k, W_k) -> (B, width, H_k, W_k)
-        return resize(self.head(x), size)[:, 0]
+        return F.interpolate(self.head(x), size=size, mode="bilinear")[:, 0]
 
 
 class Segmenter(nn.Module):
@@ -1639,32 +1616,33 @@ def segmentation_loss(logits, mask):
     return F.binary_cross_entropy_with_logits(logits, mask) + 1 - dice
 
 
-def augment(images, masks, size, rng):
+def augment(images, target, size, rng):
     """Random flip and rotation up to 15 degrees; with masks, also scale and shift, of both alike.
 
-    Args: images, masks (or None): uint8 (B, S, S). Returns: float (B, size, size) image and mask.
+    Args: images: uint8 (B, S, S). target: uint8 masks (B, S, S); another target stays as it is.
+    Returns: float (B, size, size) images, and masks of the same shape or the target.
     """
     u = torch.rand(5, len(images), generator=rng)
-    move = {"angle": 30 * u[1] - 15}
-    if masks is not None:
-        move |= {"scale": 0.9 + 0.2 * u[2], "shift": 0.1 * u[3:] - 0.05}
-        masks = F.interpolate(masks[:, None].float(), size=size)
-        masks = warp(
-            torch.where(u[0][:, None, None] < 0.5, masks.flip(3)[:, 0], masks[:, 0]), **move
-        )
+    flipped, move = u[0][:, None, None] < 0.5, {"angle": 30 * u[1] - 15}
     x = resize_images(images, size)
-    x = warp(torch.where(u[0][:, None, None] < 0.5, x.flip(2), x), **move)
-    return x, masks if masks is None else (masks > 0.5).float()
+    if target is not None and target.ndim == 3:
+        move |= {"scale": 0.9 + 0.2 * u[2], "shift": 0.1 * u[3:] - 0.05}
+        target = F.interpolate(target[:, None].float(), size=size)[:, 0]
+        target = (warp(torch.where(flipped, target.flip(2), target), **move) > 0.5).float()
+    return warp(torch.where(flipped, x.flip(2), x), **move), target
 
 
-def fit(model, batch_loss, score, rows, config, key):
+def fit(model, images, targets, loss, score, rows, config, key):
     """AdamW with warm restarts until the validation score stops rising; ends with the best weights.
 
-    Args: batch_loss: (rows, generator) -> scalar. score: () -> validation score, higher is better.
+    Args:
+        images, targets: of the whole set. rows: those to train on.
+        loss: (logits, targets) -> tensor, averaged. score: () -> validation score, to be raised.
     Source: authors' code (weight decay 0, clip 1.0, T0 = 10 doubling, floor 1e-6, patience 10).
     """
     # Deviation: no validation or training image is dropped, and validation is never flipped.
     parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10, 2, eta_min=1e-6)
     best, kept, stale = -math.inf, None, 0
@@ -1674,8 +1652,12 @@ def fit(model, batch_loss, score, rows, config, key):
         batches = order.tensor_split(max(1, round(len(order) / config.batch_size)))
         for i, batch in enumerate(batches):
             schedule.step(epoch + i / len(batches))
+            rng = generator(*key, "augment", epoch, i)
+            x, target = augment(images[batch], targets[batch], config.size, rng)
+            with autocast(device, config.amp):
+                logits = model(normalise(x.to(device)))
             optimizer.zero_grad()
-            batch_loss(batch, generator(*key, "augment", epoch, i)).backward()
+            loss(logits.float(), target.to(device)).mean().backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
         value = score()
@@ -1687,17 +1669,17 @@ def fit(model, batch_loss, score, rows, config, key):
     model.load_state_dict(kept)
 
 
-def cached_features(encoder, data, config, device):
-    """Frozen features (N, C5) of a whole set, computed once and kept in runs/features."""
+def cached_features(encoder, data, config, device, cache):
+    """Frozen features (N, C5) of a whole set, computed once and kept in the folder `cache`."""
     sha = hashlib.sha256(repr((data.meta["images_sha256"], config.size, config.amp)).encode())
     for name, value in encoder.state_dict().items():
         sha.update(name.encode() + value.cpu().numpy().tobytes())
-    path = Path("runs") / "features" / f"{sha.hexdigest()[:32]}.npy"
+    path = cache / f"{sha.hexdigest()[:32]}.npy"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(exist_ok=True)
         rows = torch.arange(len(data.images))
-        with replacing(path) as f:
-            np.save(f, predict(encoder, data.images, rows, config.size, device, config.amp).numpy())
+        x = predict(encoder, data.images, rows, config.size, device, config.amp)
+        store(path, np.save, x.numpy())
     return torch.from_numpy(np.load(path))
 
 
@@ -1717,41 +1699,43 @@ def interval(runs, patients, metric, repeats=1000):
         draws.append(np.mean([metric(run, count[member]) for run in runs], axis=0))
     low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
     std = values.std(0, ddof=1) if len(runs) > 1 else np.full(values.shape[1], np.nan)
-    plain = lambda v: None if np.isnan(v) else float(v)  # noqa: E731
-    return [
-        {"mean": plain(m), "std": plain(s), "ci95": [plain(a), plain(b)]}
-        for m, s, a, b in zip(values.mean(0), std, low, high, strict=True)
-    ]
+    table = np.array([values.mean(0), std, low, high]).T.astype(object)  # (M, 4)
+    table[pd.isna(table)] = None
+    return [{"mean": mean, "std": std, "ci95": ci95} for mean, std, *ci95 in table]
 
 
-@contextlib.contextmanager
-def evaluation(config, task, unit):
-    """Runs `unit` for each of the weights and seeds; every result is kept as it comes.
+def evaluate(config, task, data, device, unit, summary):
+    """Runs `unit` for each of the weights and seeds, and writes the summary as results.json.
 
-    Args: unit: (encoder on the device, data, seed, device, folder) -> array.
-    Yields: data, the run folder, the arrays. A stopped command reads back what it has.
+    Every result is kept as it comes: a stopped command reads back what it has.
+    Args: unit: (encoder on the device, seed, folder) -> array. summary: (arrays, folder) -> dict.
+    Returns: the dict of results.json.
     """
-    device, *_ = setup(config)
-    data = open_sets(config)[0]
     for split in ("train", "val", "test"):
-        if not len(data.indices(split)):
-            raise UserError(f"{data.folder} has no {split} images; prepare it with a {split} split")
-    for weights in config.weights.split(","):
+        found = len(data.indices(split))
+        require(found, f"{data.folder} has no {split} images; prepare it with a {split} split")
+    encoders = config.weights.split(",")
+    for weights in encoders:
         load_encoder(weights, config)  # a file that does not fit leaves no run folder behind
-    name, results = f"{data.folder.name}-{task}-{config.mode}-{config.labels:g}", []
+    name, runs = f"{data.folder.name}-{task}-{config.mode}-{config.labels:g}", []
+    seeds = range(config.seed, config.seed + config.seeds)
     with open_run(config, name, [data]) as folder:
-        for i, weights in enumerate(config.weights.split(",")):
-            for seed in range(config.seed, config.seed + config.seeds):
-                path = folder / f"unit-{i}-{seed}.npy"
-                if not path.exists():
-                    encoder, origin = load_encoder(weights, config, seed)
-                    warn_overlap(origin.get("data", ()), data.meta["name"])
-                    torch.manual_seed(seed)
-                    result = unit(encoder.to(device), data, seed, device, folder)
-                    with replacing(path) as f:
-                        np.save(f, result)
-                results.append(np.load(path))
-        yield data, folder, results
+        for (i, weights), seed in product(enumerate(encoders), seeds):
+            path = folder / f"unit-{i}-{seed}.npy"
+            if not path.exists():
+                encoder, origin = load_encoder(weights, config, seed)
+                warn_overlap(origin.get("data", ()), data.meta["name"])
+                torch.manual_seed(seed)
+                store(path, np.save, unit(encoder.to(device), seed, folder))
+            runs.append(np.load(path))
+        about = select(config, "data", "weights", "mode", "labels", "seeds")
+        results = {"task": task} | about | {"test": summary(runs, folder)}
+        store_json(folder / "results.json", results)
+    shown = results["test"] | results["test"].get("per_finding", {})
+    for name in (name for name in shown if name != "per_finding"):
+        print(f"{name:20} {json.dumps(shown[name])}")
+    print(f"written: {folder / 'results.json'}")
+    return results
 
 
 def warn_overlap(seen, judged):
@@ -1760,19 +1744,6 @@ def warn_overlap(seen, judged):
         if judged in ("nih", "chestmnist", "rsna", "siim"):
             text = f"{judged} holds NIH images too: weights from {name} may have seen its test"
             print(f"warning: {text} pictures, unlabelled", file=sys.stderr)
-
-
-def write_results(config, folder, task, test):
-    """Writes results.json and prints its numbers; returns it."""
-    about = {k: getattr(config, k) for k in ("data", "weights", "mode", "labels", "seeds")}
-    results = {"task": task, **about, "test": test}
-    with replacing(folder / "results.json") as f:
-        f.write(json.dumps(results, indent=1).encode())
-    for name, value in (test | test.get("per_finding", {})).items():
-        if name != "per_finding":
-            print(f"{name:20} {json.dumps(value)}")
-    print(f"written: {folder / 'results.json'}")
-    return results
 
 
 def classify(config):
@@ -1784,72 +1755,59 @@ def classify(config):
     """
     if config.predict:
         return predict_folder(config)
+    device, data = setup(config)[0], open_sets(config)[0]
+    names = config.findings.split(",") if config.findings else data.findings
+    known = names and set(names) <= set(data.findings)
+    require(known, f"--findings {config.findings}: {data.folder} has {data.findings}")
+    labels = data.labels[:, [data.findings.index(name) for name in names]]
+    val, test = data.indices("val"), data.indices("test")
 
-    def chosen(data):
-        names = config.findings.split(",") if config.findings else data.findings
-        if not names or set(names) - set(data.findings):
-            raise UserError(f"--findings {config.findings}: {data.folder} has {data.findings}")
-        return names, data.labels[:, [data.findings.index(name) for name in names]]
-
-    def unit(encoder, data, seed, device, folder):
-        (names, labels), rows = chosen(data), label_subset(data, config.labels, seed)
-        val, test = data.indices("val"), data.indices("test")
+    def unit(encoder, seed, folder):
+        rows = label_subset(data, config.labels, seed)
         model = Classifier(encoder, len(names)).to(device)
+        whole = {"size": config.size, "device": device, "amp": config.amp}
+        logits = partial(predict, model, data.images, **whole)
 
-        def logits(part):
-            return predict(model, data.images, part, config.size, device, config.amp)
+        def score():
+            return finding_aurocs(logits(val), labels[val])[0]
 
         if config.mode == "frozen":
-            x = cached_features(encoder, data, config, device)
+            x = cached_features(encoder, data, config, device, folder.parent / "features")
             weight, bias = linear_probe(x[rows], labels[rows], x[val], labels[val])
             model.fc.weight.data, model.fc.bias.data = weight.to(device), bias.to(device)
             scores = F.linear(x[test], weight, bias)
         else:
-
-            def batch_loss(batch, rng):
-                x, _ = augment(data.images[batch], None, config.size, rng)
-                with autocast(device, config.amp):
-                    y = model(normalise(x.to(device)))
-                return masked_bce(y.float(), labels[batch].to(device)).mean()
-
-            score = lambda: finding_aurocs(logits(val), labels[val])[0]  # noqa: E731
-            fit(model, batch_loss, score, rows, config, (seed, "classify"))
+            fit(model, data.images, labels, masked_bce, score, rows, config, (seed, "classify"))
             scores = logits(test)
         about = {"arch": encoder.arch, "findings": names, "size": config.size}
         save_checkpoint(folder / "classifier.pt", {"classifier": model.state_dict()} | about)
         return scores.numpy()
 
-    with evaluation(config, "classify", unit) as (data, folder, runs):
-        (names, y), test = chosen(data), data.indices("test")
-        y, per = y[test].numpy(), {}
+    def summary(runs, folder):
+        y, per = labels[test].numpy(), {}
         mean, *each = interval(runs, data.patient[test], lambda r, w: finding_aurocs(r, y, w))
         for f, (name, value) in enumerate(zip(names, each, strict=True)):
             known = np.isfinite(y[:, f])
             n, positives = int(known.sum()), int(y[known, f].sum())
             ap = [average_precision_score(y[known, f], r[known, f]) for r in runs if positives]
-            ap = {"average_precision": float(np.mean(ap)) if ap else None}
-            per[name] = {"auroc": value} | ap | {"positives": positives, "n": n}
-            per[name]["prevalence"] = positives / max(n, 1)
+            per[name] = {"auroc": value, "average_precision": float(np.mean(ap)) if ap else None}
+            per[name] |= {"positives": positives, "n": n, "prevalence": positives / max(n, 1)}
         table = pd.json_normalize([{"finding": name} | row for name, row in per.items()])
-        with replacing(folder / "per_class.csv") as f:
-            table.to_csv(f, index=False)
-        with replacing(folder / "roc.png") as f:
-            roc_figure(runs[0], y, names).savefig(f, dpi=100)
+        store(folder / "per_class.csv", table.to_csv, index=False)
+        store(folder / "roc.png", roc_figure(runs[0], y, names).savefig, dpi=100)
         defined = sum(value["mean"] is not None for value in each)
-        test = {"mean_auroc": mean, "defined_findings": defined, "per_finding": per}
-        return write_results(config, folder, "classify", test)
+        return {"mean_auroc": mean, "defined_findings": defined, "per_finding": per}
+
+    return evaluate(config, "classify", data, device, unit, summary)
 
 
 def roc_figure(scores, y, names):
     """ROC curves of one run: (n, F) scores and labels."""
     axis = (figure := Figure(figsize=(5, 5), layout="constrained")).subplots()
-    for f, name in enumerate(names):
-        if not math.isnan(area := auroc(scores[:, f], y[:, f])):
-            known = np.isfinite(y[:, f])
-            fpr, tpr, _ = roc_curve(y[known, f], scores[known, f])
-            axis.plot(fpr, tpr, label=f"{name} {area:.3f}")
-    axis.set(xlabel="1 - specificity", ylabel="sensitivity", title="test")
-    axis.legend(fontsize=7)
+    for name, s, label in zip(names, scores.T, y.T, strict=True):
+        known = np.isfinite(label)
+        if len(set(label[known])) == 2:
+            RocCurveDisplay.from_predictions(label[known], s[known], name=name, ax=axis)
     return figure
 
 
@@ -1867,12 +1825,12 @@ def dice_metrics(counts, weights=None):
     """
     w = np.ones(len(counts)) if weights is None else weights
     both, predicted, true = counts.T.astype(float)
-    dice = np.where(predicted + true > 0, 2 * both / np.maximum(predicted + true, 1), 1.0)
-    sums = [(w * dice).sum(), (w * dice * (true > 0)).sum(), 2 * (w * both).sum()]
-    sums += [(w * (true == 0)).sum(), (w * both).sum()]
-    of = [w.sum(), (w * (true > 0)).sum(), (w * (predicted + true)).sum()]
-    of += [w.sum(), (w * (predicted + true - both)).sum()]
-    return np.array([a / b if b else math.nan for a, b in zip(sums, of, strict=True)])
+    total, some, one = predicted + true, true > 0, np.ones(len(counts))
+    dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+    shares = [(dice, one), (dice * some, some), (2 * both, total), (~some, one)]
+    shares += [(both, total - both)]
+    sums = [((w * part).sum(), (w * whole).sum()) for part, whole in shares]
+    return np.array([part / whole if whole else math.nan for part, whole in sums])
 
 
 def segment(config):
@@ -1882,96 +1840,90 @@ def segment(config):
     read once. Only images with `has_mask` are used.
     Args: config: SegmentConfig. Returns: the dict of results.json.
     """
+    device, data = setup(config)[0], open_sets(config)[0]
+    require(data.masks is not None, f"{data.folder} has no masks.npy; segment needs masks")
 
-    def unit(encoder, data, seed, device, folder):
-        if data.masks is None:
-            raise UserError(f"{data.folder} has no masks.npy; segment needs a set with masks")
-        rows, val, test = (
-            label_subset(data, config.labels, seed),
-            *map(data.indices, ("val", "test")),
-        )
-        rows, val, test = (r[torch.from_numpy(data.has_mask[r])] for r in (rows, val, test))
+    def masked(rows):
+        return rows[torch.from_numpy(data.has_mask[rows])]
+
+    val, test = masked(data.indices("val")), masked(data.indices("test"))
+
+    def unit(encoder, seed, folder):
+        rows = masked(label_subset(data, config.labels, seed))
         model = Segmenter(encoder, config.mode == "frozen").to(device)
 
-        def batch_loss(batch, rng):
-            x, mask = augment(data.images[batch], data.masks[batch], config.size, rng)
-            with autocast(device, config.amp):
-                logits = model(normalise(x.to(device)))
-            return segmentation_loss(logits.float(), mask.to(device))
+        def probabilities(part):
+            return predict(model, data.images, part, config.size, device, config.amp).sigmoid()
 
         def counts(part, *thresholds):  # (n,) rows -> (T, n, 3), some images at a time
             out = []
             for rows in part.split(64):
-                p = predict(model, data.images, rows, config.size, device, config.amp).sigmoid()
+                p = probabilities(rows)
                 mask = F.interpolate(data.masks[rows][:, None].float(), size=config.size)[:, 0]
                 out.append(torch.stack([mask_counts(p > t, mask) for t in thresholds]))
             return torch.cat(out, 1).numpy()
 
-        score = lambda: dice_metrics(counts(val, 0.5)[0])[0]  # noqa: E731
-        fit(model, batch_loss, score, rows, config, (seed, "segment"))
+        def score():
+            return dice_metrics(counts(val, 0.5)[0])[0]
+
+        key = (seed, "segment")
+        fit(model, data.images, data.masks, segmentation_loss, score, rows, config, key)
         levels = np.arange(0.05, 1, 0.05)
         threshold = levels[np.argmax([dice_metrics(c)[0] for c in counts(val, *levels)])]
         result = counts(test, threshold)[0]
-        with_mask = np.flatnonzero(result[:, 2])
-        order = sorted(with_mask, key=lambda i: -2 * result[i, 0] / result[i, 1:].sum())
-        picked = test[[order[0], order[len(order) // 2], order[-1]] if order else []]
-        p = predict(model, data.images, picked, config.size, device, config.amp) if order else []
-        with replacing(folder / "masks.png") as f:
-            masks_figure(data, picked, [q.sigmoid() > threshold for q in p]).savefig(f, dpi=100)
+        dice = 2 * result[:, 0] / np.maximum(result[:, 1:].sum(1), 1)
+        order = [i for i in np.argsort(-dice, kind="stable") if result[i, 2]]
+        if order:
+            picked = test[[order[0], order[len(order) // 2], order[-1]]]
+            figure = masks_figure(data, picked, probabilities(picked) > threshold)
+            store(folder / "masks.png", figure.savefig, dpi=100)
         return result
 
-    with evaluation(config, "segment", unit) as (data, folder, runs):
-        test = data.indices("test")
-        patients = data.patient[test[torch.from_numpy(data.has_mask[test])]]
+    def summary(runs, folder):
         names = ("dice_all", "dice_positive", "dice_pooled", "dice_blank", "iou_pooled")
-        estimates = zip(names, interval(runs, patients, dice_metrics), strict=True)
-        return write_results(config, folder, "segment", dict(estimates))
+        return dict(zip(names, interval(runs, data.patient[test], dice_metrics), strict=True))
+
+    return evaluate(config, "segment", data, device, unit, summary)
 
 
 def masks_figure(data, rows, predicted):
     """Image, truth and prediction of the best, the median and the worst case."""
     axes = (figure := Figure(figsize=(6, 6), layout="constrained")).subplots(3, 3)
-    for line, label, row, p in zip(
-        axes, ("best", "median", "worst"), rows, predicted, strict=False
-    ):
+    for line, label, row, p in zip(axes, ("best", "median", "worst"), rows, predicted, strict=True):
+        line[0].set_title(f"{label}: image, truth, prediction", fontsize=8, loc="left")
         for axis, picture in zip(line, (data.images[row], data.masks[row], p), strict=True):
             axis.imshow(picture, cmap="gray")
             axis.set_axis_off()
-        line[0].set_title(f"{label}: image, truth, prediction", fontsize=8, loc="left")
     return figure
 
 
-def _outputs(modules, call):
-    """What each of the modules returns while `call` runs, and the result of `call`."""
-    found = []
-    keep = [m.register_forward_hook(lambda m, i, output: found.append(output)) for m in modules]
-    result = call()
-    for handle in keep:
-        handle.remove()
-    return found, result
-
-
+@torch.no_grad()
 def gradcam(model, images, finding):
     """Where the logit of a finding comes from: Grad-CAM on the last map, the one that is pooled.
 
+    The logit is linear in the pooled map, so that the gradient which weighs the channels is a row
+    of the linear layer, and nothing needs to be differentiated.
     Args: model: Classifier, in eval mode. images: (B, 3, H, W). finding: column of the logits.
-    Returns: (B, H, W) in [0, 1]. Needs: _outputs. Source: arXiv:1610.02391.
+    Returns: (B, H, W) in [0, 1]. Source: arXiv:1610.02391.
     """
-    encoder = model.encoder
-    last = encoder.context["5"] if encoder.arch["context"] == "inline" else encoder.layer4
-    with torch.enable_grad():
-        (last,), logits = _outputs([last], lambda: model(images.detach().requires_grad_()))
-        grad = torch.autograd.grad(logits[:, finding].sum(), last)[0]
-    cam = F.relu((grad.mean((2, 3), keepdim=True) * last.detach()).sum(1, keepdim=True))
-    cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    x, encoder = images.expand(-1, 3, -1, -1), model.encoder
+    for level in LEVELS:
+        x = encoder.stage(level, x)
+        x = encoder.context[str(level)](x) if encoder.arch["context"] == "inline" else x
+    cam = F.relu((model.fc.weight[finding][:, None, None] * x).sum(1, keepdim=True))
+    cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear")[:, 0]
     return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
 @torch.no_grad()
 def spatial_maps(encoder, images):
     """Spatial attention of every context-bottleneck: (B, 3, H, W) -> list of (B, 1, H_k, W_k)."""
-    convs = [m.conv for m in encoder.modules() if isinstance(m, SpatialAttention)]
-    return [m.sigmoid() for m in _outputs(convs, lambda: encoder(images))[0]]
+    convs, maps = [m.conv for m in encoder.modules() if isinstance(m, SpatialAttention)], []
+    hooks = [c.register_forward_hook(lambda m, x, y: maps.append(y.sigmoid())) for c in convs]
+    encoder(images)
+    for hook in hooks:
+        hook.remove()
+    return maps
 
 
 def predict_folder(config):
@@ -1979,27 +1931,24 @@ def predict_folder(config):
     from data_prep import read_xray, resize_xray
 
     device, state = setup(config)[0], load_checkpoint(config.weights)
-    if "classifier" not in state:
-        raise UserError(f"{config.weights} is no classifier; expected classifier.pt of `classify`")
+    require("classifier" in state, f"{config.weights} is not a classifier.pt of `classify`")
     model = Classifier(Encoder(**state["arch"]), len(state["findings"])).to(device)
     load_weights(model, state["classifier"], config.weights)
-    root, out, table = Path(config.predict), Path(config.out or "predictions.csv"), []
-    paths = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in XRAY_SUFFIXES]
-    if not paths or out.exists() and not config.overwrite:
-        found = f"{out} exists; give another --out" if paths else f"no X-ray files under {root}"
-        raise UserError(f"{found} (looked for {' '.join(XRAY_SUFFIXES)})")
+    root, out, table = Path(config.predict), Path(config.out or "predictions.csv"), {}
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in XRAY_SUFFIXES)
+    require(paths, f"no X-ray files ({' '.join(XRAY_SUFFIXES)}) under {root}")
+    require(config.overwrite or not out.exists(), f"{out} exists; give another --out")
     for path in tqdm(paths, disable=not sys.stderr.isatty()):
         try:
             image = torch.tensor(resize_xray(read_xray(path), 256))[None]
         except ValueError as e:
             print(f"left out {path}: {e}", file=sys.stderr)
-            continue
-        logits = predict(model, image, torch.tensor([0]), state["size"], device, config.amp)
-        table.append([str(path.relative_to(root)), *logits[0].sigmoid().tolist()])
-    if not table:
-        raise UserError(f"none of the {len(paths)} files under {root} could be read")
-    with replacing(out) as f:
-        pd.DataFrame(table, columns=["image", *state["findings"]]).to_csv(f, index=False)
+        else:
+            logits = predict(model, image, torch.tensor([0]), state["size"], device, config.amp)
+            table[str(path.relative_to(root))] = logits[0].sigmoid().tolist()
+    require(table, f"none of the {len(paths)} files under {root} could be read")
+    frame = pd.DataFrame.from_dict(table, "index", columns=state["findings"])
+    store(out, frame.to_csv, index_label="image")
     print(f"written: {out} ({len(table)} of {len(paths)} images)")
 
 
