@@ -28,20 +28,19 @@ import os
 import platform
 import signal
 import sys
-import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import product
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  (gather with gradient)
+import torch.distributed.nn
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
@@ -81,12 +80,9 @@ def _option(default, help, *choices, **extra):
 
 
 def parse_levels(text):
-    """Levels as the command line writes them: "1,3,5" -> (1, 3, 5).
-
-    Raises: ValueError unless the levels are distinct numbers from 1 to 5.
-    """
-    levels = tuple(sorted(int(part) for part in text.split(",")))
-    if len(set(levels)) < len(levels) or not set(levels) <= set(LEVELS):
+    """Levels "1,3,5" -> (1, 3, 5); ValueError unless they are distinct numbers from 1 to 5."""
+    levels = tuple(sorted({int(part) for part in text.split(",")}))
+    if len(levels) < len(text.split(",")) or not set(levels) <= set(LEVELS):
         raise ValueError(f"expected distinct levels among 1,2,3,4,5, found {text!r}")
     return levels
 
@@ -205,15 +201,12 @@ HIGHEST = {"size": 4096} | dict.fromkeys(("labels", "crop_min", "flip", "jitter"
 
 
 def make_config(command, cls, given):
-    """Defaults of `cls`, then the preset of the dataset, then what the user gave.
-
-    Raises: UserError where a number makes no sense.
-    """
+    """Defaults of `cls`, preset of the dataset, what the user gave; UserError for odd numbers."""
     preset = PRESETS.get((command, Path(given.get("data", "demo")).name), {})
-    config = cls(**{**preset, **given})
+    config = cls(**preset | given)
     for name, value in asdict(config).items():
-        low, high = LOWEST.get(name, 0), HIGHEST.get(name, math.inf)
-        if isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
+        low, high = LOWEST.get(name, 0), HIGHEST.get(name, sys.float_info.max)
+        if isinstance(value, (int, float)) and not low <= value <= high:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}: expected a number from {low:g} to {high:g}, found {value}")
     return config
@@ -225,8 +218,7 @@ def make_config(command, cls, given):
 class ChannelAttention(nn.Module):
     """Scales every channel by what its global average and maximum say about it.
 
-    Args:
-        channels: C; the shared bottleneck has C / 2 channels.
+    Args: channels: C; the shared bottleneck has C / 2.
     Input and output: (B, C, H, W).
     Source: authors' code (the channel step of CBAM, arXiv:1807.06521, with reduction 2).
     """
@@ -269,9 +261,7 @@ class SpatialAttention(nn.Module):
 class ContextBottleneck(nn.Sequential):
     """Channel attention, then spatial attention; no residual, no norm.
 
-    Args:
-        channels: C of the map.
-        attention: "both", or one step alone: "channel", "spatial".
+    Args: channels: C of the map. attention: "both", or one step alone: "channel", "spatial".
     Input and output: (B, C, H, W).
     Needs: ChannelAttention, SpatialAttention. Source: summary of the paper; authors' code.
     """
@@ -314,33 +304,27 @@ class Encoder(nn.Module):
             setattr(self, name, getattr(net, name))
         width = net.fc.in_features
         self.channels = (64, width // 8, width // 4, width // 2, width)
-        self.arch = dict(
-            backbone=backbone, context=context, attention=attention, levels=list(levels)
-        )
-        at = {"inline": LEVELS, "side": tuple(levels), "none": ()}[context]
-        self.context = nn.ModuleDict(
-            {str(k): ContextBottleneck(self.channels[k - 1], attention) for k in at}
-        )
+        self.arch = {"backbone": backbone, "context": context, "attention": attention}
+        self.arch["levels"] = list(levels)
+        at = {"inline": LEVELS, "side": levels, "none": ()}[context]
+        blocks = {str(k): ContextBottleneck(self.channels[k - 1], attention) for k in at}
+        self.context = nn.ModuleDict(blocks)
 
     def stage(self, level, x):
         """The ResNet's own map of one level, from the map below (level 1: from the image)."""
         if level == 1:
             return F.relu(self.bn1(self.conv1(x)), inplace=True)
-        if level == 2:
-            x = F.max_pool2d(x, 3, 2, 1)
+        x = F.max_pool2d(x, 3, 2, 1) if level == 2 else x
         return getattr(self, f"layer{level - 1}")(x)
 
     def forward(self, x):
         if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 32:
             raise ValueError(f"expected (B, 1 or 3, >=32, >=32), got {tuple(x.shape)}")
-        x = x.expand(-1, 3, -1, -1)
-        maps = []
+        maps, x = [], x.expand(-1, 3, -1, -1)
         for level in LEVELS:
             x = self.stage(level, x)
-            refined = self.context[str(level)](x) if str(level) in self.context else x
-            maps.append(refined)
-            if self.arch["context"] == "inline":
-                x = refined
+            maps.append(self.context[str(level)](x) if str(level) in self.context else x)
+            x = maps[-1] if self.arch["context"] == "inline" else x
         return x.mean((2, 3)), maps  # (B, C5, H, W) -> (B, C5)
 
     def backbone_state(self):
@@ -354,11 +338,9 @@ class Encoder(nn.Module):
 def projector_mlp(inputs, width, final_bn=True):
     """Three linear layers to a `width`-dimensional embedding: (B, inputs) -> (B, width).
 
-    Args:
-        final_bn: end in BatchNorm, as the authors' code does. A batch that leaves it has a standard
-            deviation of sqrt(B / (B - 1)) > 1, so the variance hinge is silent at first; it acts
-            once a BatchNorm weight falls below 1 or the variance before it nears epsilon. False is
-            VICReg's own ending, a bias-free linear layer, on which the hinge acts from the start.
+    Args: final_bn: end in BatchNorm (authors' code): what leaves it has a standard deviation of
+        sqrt(B / (B - 1)) > 1, so that the variance hinge is silent until a BatchNorm weight falls
+        below 1. False: end in a bias-free linear layer; the hinge acts from the start.
     Source: authors' code; VICReg (arXiv:2105.04906), section 4.2.
     """
     layers = []
@@ -371,19 +353,14 @@ def projector_mlp(inputs, width, final_bn=True):
 def project(mlp, *views):
     """Each view's (B, inputs) -> (B, D), as if one after the other; the weights are read once."""
     x = torch.cat(views)
-    for layer in mlp:
-        if isinstance(layer, nn.Linear):  # the same on all rows; BatchNorm sees one view at a time
-            x = layer(x)
-        else:
-            x = torch.cat([layer(v) for v in x.chunk(len(views))])
+    for layer in mlp:  # a linear layer does the same to all rows; BatchNorm sees one view at a time
+        parts = [x] if isinstance(layer, nn.Linear) else x.chunk(len(views))
+        x = torch.cat([layer(part) for part in parts])
     return x.chunk(len(views))
 
 
 class GlobalProjector(nn.Module):
-    """Embeds the pooled representation: h (B, C5) -> z_global (B, D).
-
-    Needs: projector_mlp. Source: authors' code.
-    """
+    """h (B, C5) -> z_global (B, D). Needs: projector_mlp. Source: authors' code."""
 
     def __init__(self, channels=512, embedding_dim=4096, final_bn=True):
         super().__init__()
@@ -396,13 +373,9 @@ class GlobalProjector(nn.Module):
 def aggregate_literal(maps, convs, resolution=64, grid=4):
     """The multi-level map by its definition: resize, 1x1 convolution, sum, average pool.
 
-    Args:
-        maps: K tensors (B, C_k, H_k, W_k).
-        convs: K 1x1 convolutions C_k -> C.
-        resolution: side to which every map is resized (bilinear).
-        grid: side of the pooled result.
-    Returns: (B, C, grid, grid).
-    Source: authors' code. `aggregate` gives the same, several times faster.
+    Args: maps: K tensors (B, C_k, H_k, W_k). convs: K 1x1 convolutions C_k -> C. resolution: side
+        to which every map is resized (bilinear). grid: side of the pooled result.
+    Returns: (B, C, grid, grid). Source: authors' code.
     """
     total = 0
     for m, conv in zip(maps, convs, strict=True):
@@ -421,55 +394,38 @@ def pool_matrix(side, resolution=64, grid=4, like=None):
 def aggregate(maps, convs, resolution=64, grid=4):
     """`aggregate_literal` exactly, with every map pooled before its convolution.
 
-    Resize, 1x1 convolution, sum and average pool are linear and act on different axes, so they
-    commute: the chain is sum_k conv_k(P_k map_k Q_k'), a convolution of 16 positions, not 4096.
-
+    All steps are linear and act on different axes, so they commute: sum_k conv_k(P_k map_k Q_k').
     Args, Returns: as `aggregate_literal`. Needs: pool_matrix.
     """
     # Deviation: same value and gradients as the authors' order of operations, at a lower cost.
     total = 0
     for m, conv in zip(maps, convs, strict=True):
-        rows = pool_matrix(m.shape[2], resolution, grid, m)
-        cols = pool_matrix(m.shape[3], resolution, grid, m)
-        both = torch.einsum("ih,jw->hwij", rows, cols).reshape(m.shape[2] * m.shape[3], -1)
-        if m.is_contiguous():
-            pooled = m.flatten(2) @ both  # (B, C_k, H W) -> (B, C_k, 16)
-        else:  # channels-last memory: the same product without a copy
-            flat = m.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C_k)
-            pooled = torch.bmm(both.T.expand(len(m), -1, -1), flat).transpose(1, 2)
-        weight = conv.weight.flatten(1)
-        total = total + F.linear(pooled.transpose(1, 2), weight, conv.bias)  # (B, 16, C)
+        rows, cols = (pool_matrix(side, resolution, grid, m) for side in m.shape[2:])
+        both = torch.kron(rows, cols).expand(len(m), -1, -1)  # (B, 16, H W)
+        pooled = both.bmm(m.permute(0, 2, 3, 1).flatten(1, 2))  # @ (B, H W, C_k) -> (B, 16, C_k)
+        total = total + F.linear(pooled, conv.weight.flatten(1), conv.bias)  # (B, 16, C)
     return total.transpose(1, 2).unflatten(2, (grid, grid))
 
 
 class LocalProjector(nn.Module):
     """Embeds the maps of several levels together: K maps -> z_local (B, D).
 
-    Args:
-        channels: C_k of each map that will come in.
-        hidden: channels of the common map.
-        grid: side of the pooled common map, flattened to hidden * grid * grid inputs of the MLP.
+    Args: channels: C_k of the maps. hidden: channels of the common map, which is pooled to 4 x 4.
     Needs: aggregate, projector_mlp. Source: authors' code.
     """
 
     def __init__(
-        self,
-        channels=(64, 64, 128, 256, 512),
-        embedding_dim=4096,
-        final_bn=True,
-        hidden=512,
-        grid=4,
+        self, channels=(64, 64, 128, 256, 512), embedding_dim=4096, final_bn=True, hidden=512
     ):
         super().__init__()
         # Deviation: built here, so that they are trained; the authors' code creates them in the
         # first forward pass, after the optimiser has been given its parameters.
         self.convs = nn.ModuleList(nn.Conv2d(c, hidden, 1) for c in channels)
-        self.grid = grid
-        self.mlp = projector_mlp(hidden * grid * grid, embedding_dim, final_bn)
+        self.mlp = projector_mlp(hidden * 16, embedding_dim, final_bn)
 
     def pool(self, maps):
-        """K maps -> (B, hidden * grid * grid), the input of the MLP."""
-        return aggregate(maps, self.convs, grid=self.grid).flatten(1)
+        """K maps -> (B, hidden * 16), the input of the MLP."""
+        return aggregate(maps, self.convs).flatten(1)
 
     def forward(self, maps):
         return self.mlp(self.pool(maps))
@@ -481,45 +437,35 @@ class LocalProjector(nn.Module):
 class MLVICX(nn.Module):
     """Encoder and both projectors; two views in, embeddings out.
 
-    Args:
-        local: build the multi-level head. Without it, and with context "none" and final_bn False,
-            this is VICReg.
-        levels: levels whose maps feed the multi-level head.
-        The rest: see Encoder and projector_mlp.
+    Args: embedding_dim, final_bn: see projector_mlp. local: build the multi-level head; without,
+        with context "none" and final_bn False, this is VICReg. levels: levels whose maps feed that
+        head. encoder: backbone, context, attention of Encoder.
     Input: view1, view2 (B, 3, H, W).
     Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second None without.
     Needs: Encoder, GlobalProjector, LocalProjector, project.
     """
 
-    def __init__(
-        self,
-        backbone="resnet18",
-        context="inline",
-        attention="both",
-        levels=LEVELS,
-        embedding_dim=4096,
-        final_bn=True,
-        local=True,
-    ):
+    def __init__(self, embedding_dim=4096, final_bn=True, local=True, levels=LEVELS, **encoder):
         super().__init__()
-        if context == "side" and not local:
-            raise ValueError(
-                "context side without a local head: nothing trains the blocks; use none"
-            )
-        self.encoder = Encoder(backbone, context, attention, levels)
-        self.levels = tuple(levels)
+        self.encoder, self.levels = Encoder(levels=levels, **encoder), tuple(levels)
+        if self.encoder.arch["context"] == "side" and not local:
+            raise ValueError("context side needs the local head: nothing else trains the blocks")
         self.global_head = GlobalProjector(self.encoder.channels[-1], embedding_dim, final_bn)
-        channels = [self.encoder.channels[k - 1] for k in self.levels]
+        channels = [self.encoder.channels[k - 1] for k in levels]
         self.local_head = LocalProjector(channels, embedding_dim, final_bn) if local else None
 
-    def forward(self, view1, view2):
-        # One pass a view, not one over both: BatchNorm sees the statistics of a single view.
-        h, maps = zip(self.encoder(view1), self.encoder(view2), strict=True)
+    def embed(self, *encoded):
+        """The pairs of embeddings, from what the encoder makes of each view: (h, maps)."""
+        h, maps = zip(*encoded, strict=True)
         z_global = project(self.global_head.mlp, *h)
         if self.local_head is None:
             return z_global, None
         pooled = (self.local_head.pool([m[k - 1] for k in self.levels]) for m in maps)
         return z_global, project(self.local_head.mlp, *pooled)
+
+    def forward(self, view1, view2):
+        # One pass a view, not one over both: BatchNorm sees the statistics of a single view.
+        return self.embed(self.encoder(view1), self.encoder(view2))
 
 
 # ---------------------------------------------------------------- 7. losses
@@ -536,8 +482,7 @@ def _centred(z):
 def invariance_loss(z1, z2):
     """Mean squared distance between the embeddings of two views.
 
-    Args:
-        z1, z2: (B, D), any float dtype; computed in float32 (float64 stays).
+    Args: z1, z2: (B, D), any float dtype; computed in float32 (float64 stays).
     Returns: scalar tensor. Raises: ValueError if the shapes differ.
     Source: VICReg (arXiv:2105.04906), eq. 5, averaged over D too (authors' code).
     """
@@ -566,8 +511,7 @@ def variance_loss(z, gamma=1.0, eps=1e-4):
 def covariance_literal(z):
     """The covariance term by its definition: the D x D matrix, squared, minus its diagonal.
 
-    Args:
-        z: (B, D) embeddings of one view.
+    Args: z: (B, D) embeddings of one view.
     Returns: scalar tensor, sum over i != j of cov_ij^2, divided by D.
     Needs: _centred. Source: VICReg (arXiv:2105.04906), eq. 3 and 4.
     """
@@ -577,13 +521,9 @@ def covariance_literal(z):
 
 
 def covariance_loss(z):
-    """`covariance_literal` exactly, from the smaller of the two Gram matrices.
+    """`covariance_literal` exactly, from the smaller Gram matrix: ||zc' zc||_F = ||zc zc'||_F.
 
-    ||zc' zc||_F^2 = ||zc zc'||_F^2, and the diagonal of the first is the variance: for B < D the
-    D x D matrix is never built.
-
-    Args:
-        z: (B, D) embeddings of one view, any float dtype; computed in float32 (float64 stays).
+    Args: z: (B, D) embeddings of one view, any float dtype; computed in float32 (float64 stays).
     Returns: scalar tensor. Raises: ValueError if B < 2 or z is not 2-D.
     Needs: _centred. Source: VICReg (arXiv:2105.04906), eq. 3 and 4.
     """
@@ -595,33 +535,27 @@ def covariance_loss(z):
         return (gram.square().sum() - variance.square().sum()) / zc.shape[1]
 
 
-def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0):
+def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, covariance=covariance_loss):
     """Invariance, variance and covariance of one pair of embeddings.
 
-    Args:
-        z1, z2: (B, D) embeddings of the two views.
-        sim_coeff, std_coeff, cov_coeff: alpha, beta, gamma of the paper.
+    Args: z1, z2: (B, D) embeddings of the two views. sim_coeff, std_coeff, cov_coeff: alpha, beta,
+        gamma of the paper. covariance: form of that term; `covariance_literal` for comparison.
     Returns: the loss, and its parts {"invariance", "variance", "covariance"}, unweighted.
     Needs: invariance_loss, variance_loss, covariance_loss. Source: VICReg, eq. 6; authors' code
         (variance averaged over the two views, covariance summed).
     """
-    parts = {
-        "invariance": invariance_loss(z1, z2),
-        "variance": (variance_loss(z1) + variance_loss(z2)) / 2,
-        "covariance": covariance_loss(z1) + covariance_loss(z2),
-    }
-    weights = (sim_coeff, std_coeff, cov_coeff)
-    return sum(w * part for w, part in zip(weights, parts.values(), strict=True)), parts
+    invariance = invariance_loss(z1, z2)
+    variance = (variance_loss(z1) + variance_loss(z2)) / 2
+    redundancy = covariance(z1) + covariance(z2)
+    total = sim_coeff * invariance + std_coeff * variance + cov_coeff * redundancy
+    return total, {"invariance": invariance, "variance": variance, "covariance": redundancy}
 
 
 def mlvicx_loss(z_global, z_local=None, local_weight=1.0, **coefficients):
     """L = L_G + lambda * L_L.
 
-    Args:
-        z_global: the pair of (B, D) global embeddings.
-        z_local: the pair of multi-level embeddings, or None.
-        local_weight: lambda.
-        coefficients: of `vicreg_loss`.
+    Args: z_global: the pair of (B, D) global embeddings. z_local: the multi-level pair, or None.
+        local_weight: lambda. coefficients: of `vicreg_loss`.
     Returns: the loss, and a dict of detached scalars: "loss", "loss_global", "loss_local" and every
         part as "global_invariance", ...
     Needs: vicreg_loss. Source: summary of the paper; authors' code (lambda = 1).
@@ -638,57 +572,37 @@ def mlvicx_loss(z_global, z_local=None, local_weight=1.0, **coefficients):
 # ---------------------------------------------------------------- 8. optimiser and schedule
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(torch.optim.SGD):
     """SGD with momentum whose step is scaled, layer by layer, to the norm of the weights.
 
-    Args:
-        params: parameters; those of one dimension get neither weight decay nor adaptation.
-        lr: learning rate.
-        weight_decay, momentum, trust: as in the paper.
+    Args: params: parameters; those of one dimension get neither weight decay nor adaptation.
+        lr, weight_decay, momentum, trust: as in the paper.
     Source: arXiv:1708.03888; authors' code (momentum 0.9, trust 0.001, weight decay 1e-6).
     """
 
     def __init__(self, params, lr=0.2, weight_decay=1e-6, momentum=0.9, trust=0.001):
-        super().__init__(
-            params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)
-        )
+        super().__init__(params, lr=lr, momentum=momentum, foreach=True)
+        self.weight_decay, self.trust = weight_decay, trust
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update from the gradients, which it may change; foreach: few kernels, no sync."""
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for adapt in (True, False):
-                subset = [p for p in params if (p.ndim > 1) == adapt]
-                if subset:
-                    self._update(subset, group, adapt)
-
-    def _update(self, params, group, adapt):
-        """The update of the parameters that are (or are not) adapted."""
-        grads = [p.grad for p in params]
-        if adapt:
-            torch._foreach_add_(grads, params, alpha=group["weight_decay"])
-            p_norm = torch.stack(torch._foreach_norm(params))
-            g_norm = torch.stack(torch._foreach_norm(grads))
-            ratio = group["trust"] * p_norm / g_norm
-            ratio = torch.where((p_norm > 0) & (g_norm > 0), ratio, torch.ones_like(ratio))
+        """One update from the gradients, which it changes; foreach: few kernels, no sync."""
+        everything = [p for group in self.param_groups for p in group["params"]]
+        if layers := [p for p in everything if p.ndim > 1 and p.grad is not None]:
+            grads = [p.grad for p in layers]
+            torch._foreach_add_(grads, layers, alpha=self.weight_decay)
+            p_norm, g_norm = (torch.stack(torch._foreach_norm(v)) for v in (layers, grads))
+            ratio = self.trust * p_norm / g_norm
+            ratio = ratio.where((p_norm > 0) & (g_norm > 0), torch.ones_like(ratio))
             torch._foreach_mul_(grads, list(ratio.unbind()))
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in params]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, grads)
-        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        super().step()
 
 
 def cosine_schedule(step, total, warmup, base, floor=0.001):
     """Learning rate of one step: linear warm-up, then a cosine to exactly `floor * base`.
 
-    Args:
-        step: 0 ... total - 1; the last step has the floor itself.
-        warmup: steps of warm-up; the first has base / warmup.
-        floor: as a share of `base`.
+    Args: step: 0 ... total - 1; the last has the floor itself. warmup: steps of warm-up; the first
+        has base / warmup. floor: as a share of `base`.
     Source: VICReg (arXiv:2105.04906), section 4.2; authors' code.
     """
     if step < warmup:
@@ -709,8 +623,7 @@ def generator(*keys):
 class PreparedData:
     """A folder that data_prep.py has written: images on disk, labels in memory.
 
-    Args:
-        data: name under `root`, or a path.
+    Args: data: name under `root`, or a path.
     Attributes: images, masks (or None): uint8 (N, S, S) tensors over a memory map; labels: float32
         (N, F), NaN where unknown; findings: F names; patient, split, names: (N,) arrays; has_mask:
         (N,) bool; meta: dict of meta.json; size: S.
@@ -719,40 +632,31 @@ class PreparedData:
 
     def __init__(self, data, root="data"):
         self.folder = Path(data) if Path(data).is_dir() else Path(root) / data
-        known = sorted(p.parent.name for p in Path(root).glob("*/meta.json"))
         if not (self.folder / "meta.json").is_file():
             state = "is incomplete (no meta.json)" if self.folder.is_dir() else "does not exist"
+            known = ", ".join(sorted(p.parent.name for p in Path(root).glob("*/meta.json")))
             raise UserError(
                 f"looked for prepared data in {self.folder}: it {state}; prepared under {root}: "
-                f"{', '.join(known) or 'nothing'}; next: python data_prep.py --help"
+                f"{known or 'nothing'}; next: python data_prep.py --help"
             )
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
-            self.images = self._map("images.npy")
             table = pd.read_csv(self.folder / "labels.csv", dtype={"image": str, "patient": str})
+            self.images = self._map("images.npy")
+            self.size = self.images.shape[1]
+            self.masks = self._map("masks.npy") if "has_mask" in table else None
+            self.has_mask = table.reindex(columns=["has_mask"]).eq(1).to_numpy()[:, 0]
             self.findings = list(self.meta["findings"])
             self.labels = torch.from_numpy(table[self.findings].to_numpy(np.float32, copy=True))
-            self.names, self.patient, self.split = (
-                table[c].to_numpy() for c in ("image", "patient", "split")
-            )
+            self.names, self.patient, self.split = table[["image", "patient", "split"]].to_numpy().T
+            counts = {len(self.images), len(table), self.meta["images"]}
+            if len(counts) > 1 or not len(table):
+                raise ValueError(f"images, rows and meta.json count {sorted(counts)}")
+            pairs = table[["patient", "split"]].drop_duplicates()
+            if (twice := pairs["patient"].duplicated()).any():
+                raise ValueError(f"patient {pairs['patient'][twice].iloc[0]} is in two splits")
         except (ValueError, KeyError, OSError) as e:
-            raise UserError(
-                f"{self.folder} does not read as prepared data ({e}); prepare it again"
-            ) from e
-        self.size, self.masks = self.images.shape[1], None
-        self.has_mask = np.zeros(len(table), bool)
-        if (self.folder / "masks.npy").exists():
-            self.masks = self._map("masks.npy")
-            self.has_mask = table["has_mask"].to_numpy() == 1
-        counts = {len(self.images), len(table), self.meta["images"]}
-        if len(counts) > 1 or not len(table):
-            raise UserError(f"{self.folder}: images, rows and meta.json count {sorted(counts)}")
-        pairs = table[["patient", "split"]].drop_duplicates()
-        twice = pairs["patient"][pairs["patient"].duplicated()].tolist()
-        if twice:
-            raise UserError(
-                f"{self.folder}: patient {twice[0]} is in two splits ({len(twice)} are)"
-            )
+            raise UserError(f"{self.folder} is not prepared data ({e}); prepare it again") from e
 
     def _map(self, name):
         """A uint8 tensor over the file, copy-on-write: nothing is read yet, nothing is written."""
@@ -772,35 +676,23 @@ def gather_images(sets, rows, resident=None):
     """Images of pooled sets, whose rows (B,) are counted one set after another: (B, S, S) uint8."""
     if resident is not None:
         return resident[rows.to(resident.device)]
-    if len(sets) == 1:
-        return sets[0].images[rows]
-    starts = np.cumsum([0] + [len(s.images) for s in sets])
-    out = torch.empty(len(rows), *sets[0].images.shape[1:], dtype=torch.uint8)
-    for s, start in zip(sets, starts, strict=False):
-        here = (rows >= start) & (rows < start + len(s.images))
-        out[here] = s.images[rows[here] - start]
-    return out
+    pool = torch.utils.data.ConcatDataset([s.images for s in sets])
+    return torch.stack([pool[row] for row in rows.tolist()])
 
 
 def prefetch(load, items):
     """Yields load(item) for every item, the next one being read while the caller works."""
     with ThreadPoolExecutor(1) as pool:
-        queue = deque()
-        for item in items:
-            queue.append(pool.submit(load, item))
-            if len(queue) > 1:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+        futures = (pool.submit(load, item) for item in items)
+        for future, _ahead in pairwise(chain(futures, [None])):
+            yield future.result()
 
 
 def resize_matrix(start, length, source, size, flip=None):
     """Crop and antialiased bicubic resize along one axis, as one matrix an image.
 
-    Args:
-        start, length: (B,) first pixel and number of pixels of the crop.
-        source: pixels of the uncropped axis. size: pixels of the result.
-        flip: (B,) bool, mirror the result; or None.
+    Args: start, length: (B,) first pixel and number of pixels of the crop. source: pixels of the
+        uncropped axis. size: pixels of the result. flip: (B,) bool, mirror the result; or None.
     Returns: float32 (B, size, source), rows summing to 1: A @ image @ B.T crops and resizes.
     Source: torchvision's antialiased resize (cubic with a = -0.5), which it equals to 1e-5.
     """
@@ -837,15 +729,13 @@ def normalise(x):
     return (x[:, None] - mean) / std
 
 
-def warp(x, angle, scale=None, shift=None, mode="bilinear"):
+def warp(x, angle, scale=1.0, shift=(0.0, 0.0)):
     """Rotates (degrees, counter-clockwise), scales, shifts (share of the side) images (B, H, W)."""
-    cos, sin = torch.cos(angle.deg2rad()), torch.sin(angle.deg2rad())
-    zero = torch.zeros_like(angle)
-    dx, dy = (zero, zero) if shift is None else shift
-    theta = torch.stack([cos, -sin, 2 * dx, sin, cos, 2 * dy], 1).unflatten(1, (2, 3))
-    theta = theta if scale is None else theta / scale[:, None, None]
+    cos, sin = angle.deg2rad().cos() / scale, angle.deg2rad().sin() / scale
+    dx, dy = (torch.zeros_like(angle) + 2 * s / scale for s in shift)
+    theta = torch.stack([cos, -sin, dx, sin, cos, dy], 1).unflatten(1, (2, 3))
     grid = F.affine_grid(theta.to(x), [len(x), 1, *x.shape[1:]], align_corners=False)
-    return F.grid_sample(x[:, None], grid, mode=mode, align_corners=False)[:, 0]
+    return F.grid_sample(x[:, None], grid, align_corners=False)[:, 0]
 
 
 @dataclass
@@ -857,10 +747,9 @@ class RandomViews:
     with probability 0.1 on view 2), solarize (view 2); rotation comes first of all. Parameters are
     drawn for each image on the CPU, so that they depend on the generator alone.
 
-    Args:
-        size: side of the views. crop_min: smallest area share. flip: probability. jitter: strength.
-        blur: largest sigma in pixels (smallest 0.1). solarize: probability. rotation: degrees.
-        identical_views: view 2 is view 1.
+    Args: size: side of the views. crop_min: smallest area share. flip, solarize: probabilities.
+        jitter: strength, at most 1. blur: largest sigma in pixels (smallest 0.1). rotation: largest
+        angle in degrees. identical_views: view 2 is view 1.
     Call: (images (B, S, S) uint8, generator) -> view1, view2 (B, 3, size, size) normalised.
     Needs: resize_matrix, warp, normalise. Source: authors' code (from VICReg).
     """
@@ -885,63 +774,55 @@ class RandomViews:
 
         area = source**2 * uniform(self.crop_min, 1, 10)  # ten attempts, as in torchvision
         ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
-        width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-        fits = (width <= source) & (height <= source) & (torch.minimum(width, height) > 0)
-        first = fits.float().argmax(-1, keepdim=True)
-        width, height = (
-            torch.where(fits.any(-1), v.gather(-1, first)[..., 0], torch.tensor(float(source)))
-            for v in (width, height)
-        )
+        sides = torch.stack([area * ratio, area / ratio]).sqrt().round()  # width, height
+        fits = ((sides > 0) & (sides <= source)).all(0)  # (2, batch, 10)
+        first = fits.float().argmax(-1)[None, ..., None]  # where none fits: 0, the whole image
+        sides = sides.where(fits, torch.tensor(float(source)))
+        width, height = sides.take_along_dim(first, -1)[..., 0]
         chance = torch.tensor([[1.0], [0.1]]) if self.blur > 0 else torch.zeros(2, 1)
-        jittered = uniform(0, 1) < 0.8
-        low, high = max(0.0, 1 - self.jitter), 1 + self.jitter
-        p = dict(
-            top=(uniform(0, 1) * (source - height + 1)).floor(),
-            left=(uniform(0, 1) * (source - width + 1)).floor(),
-            height=height,
-            width=width,
-            flip=uniform(0, 1) < self.flip,
-            angle=uniform(-self.rotation, self.rotation),
-            brightness=torch.where(jittered, uniform(low, high), torch.ones(2, batch)),
-            contrast=torch.where(jittered, uniform(low, high), torch.ones(2, batch)),
-            brightness_first=uniform(0, 1) < 0.5,
-            blurred=uniform(0, 1) < chance,
-            sigma=uniform(0.1, max(self.blur, 0.1)),
-            solarized=uniform(0, 1) < torch.tensor([[0.0], [self.solarize]]),
-        )
+        jittered, one = uniform(0, 1) < 0.8, torch.ones(2, batch)
+        low, high = 1 - self.jitter, 1 + self.jitter
+        p = {
+            "top": (uniform(0, 1) * (source - height + 1)).floor(),
+            "left": (uniform(0, 1) * (source - width + 1)).floor(),
+            "height": height,
+            "width": width,
+            "flip": uniform(0, 1) < self.flip,
+            "angle": uniform(-self.rotation, self.rotation),
+            "brightness": uniform(low, high).where(jittered, one),
+            "contrast": uniform(low, high).where(jittered, one),
+            "brightness_first": uniform(0, 1) < 0.5,
+            "blurred": uniform(0, 1) < chance,
+            "sigma": uniform(0.1, max(self.blur, 0.1)),
+            "solarized": uniform(0, 1) < torch.tensor([[0.0], [self.solarize]]),
+        }
         return {k: v[:1].expand(2, -1) for k, v in p.items()} if self.identical_views else p
 
     def render(self, images, p):
         """One view: (B, S, S) images and (B,) parameters -> (B, size, size) in [0, 1]."""
-        blurred = p["blurred"].nonzero()[:, 0]  # on the CPU: no synchronisation
-        rotated = bool((p["angle"] != 0).any())
+        blurred, rotated = p["blurred"].nonzero()[:, 0], p["angle"].any()  # on the CPU: no sync
         p = {k: v.to(images.device, non_blocking=True) for k, v in p.items()}
         x, source = images.float() / 255, images.shape[-1]
-        if rotated:
-            x = warp(x, p["angle"])
+        x = warp(x, p["angle"]) if rotated else x
         rows = resize_matrix(p["top"], p["height"], source, self.size)
         cols = resize_matrix(p["left"], p["width"], source, self.size, p["flip"])
         x = (rows @ x @ cols.mT).clamp_(0, 1)  # (B, S, S) -> (B, size, size)
-        if self.jitter > 0:
-            one = torch.ones_like(p["brightness"])
-            before = torch.where(p["brightness_first"], p["brightness"], one)[:, None, None]
-            after = torch.where(p["brightness_first"], one, p["brightness"])[:, None, None]
-            contrast = p["contrast"][:, None, None]
-            x = x.mul_(before).clamp_(0, 1)
-            offset = (1 - contrast) * x.mean((1, 2), keepdim=True)
-            x = torch.addcmul(offset, x, contrast).clamp_(0, 1).mul_(after).clamp_(0, 1)
+        tones = {k: v[:, None, None] for k, v in p.items()}
+        brightness, contrast = tones["brightness"], tones["contrast"]
+        one, first = torch.ones_like(brightness), tones["brightness_first"]
+        x = x.mul_(brightness.where(first, one)).clamp_(0, 1)
+        x = torch.addcmul((1 - contrast) * x.mean((1, 2), keepdim=True), x, contrast).clamp_(0, 1)
+        x = x.mul_(one.where(first, brightness)).clamp_(0, 1)
         if len(blurred):
             blurred = blurred.to(x.device, non_blocking=True)
             g = blur_matrix(p["sigma"][blurred], self.size)
             x[blurred] = g @ x[blurred] @ g.mT
-        flip_tone = p["solarized"][:, None, None] & (x >= 128 / 255)
-        return torch.where(flip_tone, 1 - x, x)
+        return torch.where(tones["solarized"] & (x >= 128 / 255), 1 - x, x)
 
     def __call__(self, images, generator=None, params=None):
         params = params or self.draw(len(images), images.shape[-1], generator)
-        first, second = ({k: v[i] for k, v in params.items()} for i in (0, 1))
-        view1 = normalise(self.render(images, first))
-        return view1, (view1 if self.identical_views else normalise(self.render(images, second)))
+        one, two = ({k: v[i] for k, v in params.items()} for i in (0, 1))
+        return normalise(self.render(images, one)), normalise(self.render(images, two))
 
 
 def blur_matrix(sigma, size, taps=23):
@@ -1958,15 +1839,14 @@ def predict_folder(config):
 def closing_table(config, folder):
     """Test AUROC of a linear probe on frozen features: random weights and those just learned."""
     device, *_ = setup(config)
-    encoders = {"random": build_model(dataclasses.replace(config, init="random")).encoder}
-    encoders["learned"], _ = load_encoder(folder / "encoder.pt", config)
+    weights = {"random": "random", "learned": folder / "encoder.pt"}
+    encoders = {k: load_encoder(w, config, config.seed)[0].to(device) for k, w in weights.items()}
     for data in open_sets(config):
         splits, columns = [data.indices(s) for s in ("train", "val", "test")], {}
         if not data.findings or not all(map(len, splits)):
             continue
         y = [data.labels[s] for s in splits]
         for name, encoder in encoders.items():
-            encoder = encoder.to(device)
             x = [predict(encoder, data.images, s, config.size, device, config.amp) for s in splits]
             weight, bias = linear_probe(x[0], y[0], x[1], y[1])
             columns[name] = finding_aurocs(F.linear(x[2], weight, bias), y[2])
@@ -1984,10 +1864,8 @@ def export(config):
     """
     encoder, _ = load_encoder(config.weights, config)
     if encoder.arch["context"] == "inline" and not config.drop_context:
-        raise UserError(
-            f"{config.weights} has inline context-bottlenecks: each feeds the next stage, so that "
-            "a ResNet without them computes other features; --drop-context writes it all the same"
-        )
+        reason = "has inline context-bottlenecks, without which a ResNet computes other features"
+        raise UserError(f"{config.weights} {reason}; --drop-context writes it all the same")
     if Path(config.out).exists():
         raise UserError(f"{config.out} exists; give another --out")
     with replacing(config.out) as f:
@@ -1998,49 +1876,23 @@ def export(config):
 class LiteralMLVICX(MLVICX):
     """The model by its definition, one view after the other, for comparison."""
 
-    def embed(self, view):
-        """(B, 3, H, W) -> z_global and z_local, each (B, D)."""
-        h, maps = self.encoder(view)
-        pooled = aggregate_literal(maps, self.local_head.convs, grid=self.local_head.grid)
-        return self.global_head(h), self.local_head.mlp(pooled.flatten(1))
-
-    def forward(self, view1, view2):
-        return tuple(zip(self.embed(view1), self.embed(view2), strict=True))
+    def embed(self, *encoded):
+        pooled = [aggregate_literal(maps, self.local_head.convs).flatten(1) for _, maps in encoded]
+        return [self.global_head(h) for h, _ in encoded], [self.local_head.mlp(x) for x in pooled]
 
 
-def literal_loss(z_global, z_local):
-    """`mlvicx_loss` with default weights by its definition, for comparison."""
-    total = 0
-    for z1, z2 in (z_global, z_local):
-        total += 25 * invariance_loss(z1, z2) + 12.5 * (variance_loss(z1) + variance_loss(z2))
-        total += covariance_literal(z1) + covariance_literal(z2)
-    return total
-
-
-class TorchvisionViews(torch.utils.data.Dataset):
+def torchvision_views(images, size):
     """The recipe of RandomViews in torchvision's transforms, image by image, for comparison."""
-
-    def __init__(self, images, size):
-        first = [v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)]
-        first += [v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.4, 0.4)], 0.8)]
-        blur, last = v2.GaussianBlur(23, (0.1, 2.0)), [v2.ToDtype(torch.float32, scale=True)]
-        last += [
-            v2.Lambda(lambda x: x.expand(3, -1, -1)),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-        second = [v2.RandomApply([blur], 0.1), v2.RandomSolarize(128, 0.2)]
-        self.images, self.one = images, v2.Compose([*first, blur, *last])
-        self.two = v2.Compose([*first, *second, *last])
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.one(self.images[i][None]), self.two(self.images[i][None])
+    first = [v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)]
+    first += [v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.4, 0.4)], 0.8)]
+    blur = v2.GaussianBlur(23, (0.1, 2.0))
+    view1 = v2.Compose([*first, blur])
+    view2 = v2.Compose([*first, v2.RandomApply([blur], 0.1), v2.RandomSolarize(128, 0.2)])
+    return [normalise(torch.cat([v(x[None]) for x in images]) / 255) for v in (view1, view2)]
 
 
-def _memory(device, reset=False):
-    """Peak bytes in use so far, or, after a reset, the bytes in use now; NaN where unknown."""
+def _peak_bytes(device, reset=False):
+    """Peak memory so far, or, after a reset, the memory in use now; NaN where unknown."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
@@ -2054,139 +1906,115 @@ def _memory(device, reset=False):
 
 
 def measure(calls, device, repeats):
-    """Least seconds and peak MB of each call; they take turns, so that noise hits all alike.
-
-    Args: calls: name -> function without arguments. The first turn warms up and does not count.
-    Returns: table with a row a call.
-    """
-    rows = {name: [] for name in calls}
+    """Least seconds and peak MB of named calls; they take turns, and the first does not count."""
+    turns = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
-            before, start = _memory(device, reset=True), time.perf_counter()
+            before, start = _peak_bytes(device, reset=True), time.perf_counter()
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            rows[name].append((time.perf_counter() - start, (_memory(device) - before) / 1e6))
-    columns = ["seconds", "peak_mb"]
-    return pd.DataFrame({n: np.min(r[1:], axis=0) for n, r in rows.items()}, index=columns).T
+            seconds = time.perf_counter() - start
+            turns[name].append((seconds, (_peak_bytes(device) - before) / 1e6))
+    least = {name: np.min(rows[1:], axis=0) for name, rows in turns.items()}
+    return pd.DataFrame(least, index=["seconds", "peak_mb"]).T
+
+
+BARE, FAST, LITERAL = "two-view ResNet-18", "MLVICX, inline", "literal, float32"
+FORWARD = ["encoder", "context-bottlenecks", "heads", "losses"]
+
+
+def bench_calls(config, device):
+    """The models; forward and backward of each, by name; the parts of a step, by name."""
+    batch, size, amp = config.batch_size, config.size, autocast(device, config.amp)
+    models = {BARE: MLVICX(context="none", local=False)}
+    models[BARE].global_head.mlp = nn.Sequential()  # no heads: the loss sees h itself
+    for context in ("none", "side", "inline"):
+        models[f"MLVICX, {context}"] = MLVICX(config.embedding_dim, context=context)
+    models = {k: v.to(device, memory_format=torch.channels_last) for k, v in models.items()}
+    if device.type == "cuda":
+        models |= {f"{name}, compiled": torch.compile(models[name]) for name in (BARE, FAST)}
+    models[LITERAL] = LiteralMLVICX(config.embedding_dim).to(device)
+    views = torch.randn(2, batch, 3, size, size, device=device)
+
+    def step(name):
+        models[name].zero_grad()
+        with autocast(device, "off") if name == LITERAL else amp:
+            z = models[name](*views)
+        covariance = covariance_literal if name == LITERAL else covariance_loss
+        mlvicx_loss(*z, covariance=covariance)[0].backward()
+
+    images, rows = torch.randint(256, (16 * batch, 256, 256)).byte(), torch.randperm(16 * batch)
+    theirs = {"num_workers": 2, "collate_fn": partial(torchvision_views, size=size)}
+    theirs = torch.utils.data.DataLoader(images, batch, **theirs)
+    ours, model = RandomViews(size), models[FAST]
+    with torch.no_grad(), amp:
+        encoded = [model.encoder(view) for view in views]
+        z = model.embed(*encoded)
+    blocks = [*zip(model.encoder.context.values(), encoded[0][1], strict=True)] * 2
+    parts = {
+        "read": lambda: images[rows[:batch]],
+        "views": lambda: ours(images[:batch].to(device), generator("bench")),
+        "views, torchvision": lambda: list(theirs),
+        "encoder": lambda: [models[BARE].encoder(view) for view in views],
+        "context-bottlenecks": lambda: [block(x) for block, x in blocks],
+        "heads": lambda: model.embed(*encoded),
+        "losses": lambda: mlvicx_loss(*z),
+        "LARS": LARS(model.parameters()).step,
+    }
+    parts |= {name: torch.no_grad()(amp(parts[name])) for name in FORWARD}
+    return models, {name: partial(step, name) for name in models}, parts
 
 
 def bench(config):
-    """What each part and each variant costs, as ratios within one run.
+    """What each form of the model and each part of a step costs, as ratios within one run.
 
     The fast forms run as in training: channels-last, with autocast if `--amp` says so. The literal
     form runs as it is defined: float32, the default layout, one view after the other.
     Args: config: BenchConfig. Returns: the dict that `--out` writes as JSON.
     """
-    device, batch, size = setup(config)[0], config.batch_size, config.size
+    device, *_ = setup(config)
     torch.manual_seed(0)
-    plain = torch.randn(2, batch, 3, size, size, device=device)
-    pair = [v.to(memory_format=torch.channels_last) for v in plain]
-    heads, bare = {"embedding_dim": config.embedding_dim}, torchvision.models.resnet18()
-    models = {f"MLVICX, {c}": MLVICX(context=c, **heads) for c in ("none", "side", "inline")}
-    for model in (bare, *models.values()):
-        model.to(device, memory_format=torch.channels_last)
-    literal, fast = LiteralMLVICX(**heads).to(device), lambda *z: mlvicx_loss(*z)[0]
-
-    def run(model, loss, views, amp=config.amp):
-        model.zero_grad()
-        with autocast(device, amp):
-            z = model(*views) if loss else (bare(views[0]), bare(views[1]))
-        (loss(*z) if loss else z[0].sum() + z[1].sum()).backward()
-
-    steps = {"two-view ResNet-18": partial(run, bare, None, pair)}
-    steps |= {name: partial(run, model, fast, pair) for name, model in models.items()}
-    steps["literal, float32"] = partial(run, literal, literal_loss, plain, "off")
-    table = measure(steps, device, config.repeats)
-    table["images_per_second"] = batch / table["seconds"]
-    table["over_resnet"] = table["seconds"] / table["seconds"].iloc[0]
-    table["literal_over_it"] = table["seconds"].iloc[-1] / table["seconds"]
-    parts, flops, count = bench_parts(config, device, models["MLVICX, inline"], pair)
-    lars, step = parts["seconds"]["LARS"], table["seconds"]["MLVICX, inline"]
-    forward = parts["seconds"][["encoder", "context-bottlenecks", "heads", "losses"]].sum()
+    models, steps, parts = bench_calls(config, device)
+    table = measure(steps | parts, device, config.repeats)
+    table.loc["views, torchvision", "seconds"] /= 16  # it ran over sixteen batches
+    t, form, forward = table["seconds"], table["seconds"][[*steps]], table["seconds"][FORWARD].sum()
+    table.loc["backward", "seconds"] = t[FAST] - forward
+    table["images_per_second"], table["over_resnet"] = config.batch_size / form, form / t[BARE]
+    table["literal_over_it"] = t[LITERAL] / form
     ratios = {
-        "whole step with LARS, literal / fast": (table["seconds"].iloc[-1] + lars) / (step + lars),
-        "torchvision's views / ours": parts["seconds"]["views, torchvision"]
-        / parts["seconds"]["views"],
-        "read + views, share of a step": parts["seconds"][["read", "views"]].sum() / (step + lars),
-        "inference, with blocks / without": 1
-        + parts["seconds"]["context-bottlenecks"] / parts["seconds"]["encoder"],
-        "backward / forward": step / forward - 1,
+        "whole step with LARS, literal / fast": (t[LITERAL] + t["LARS"]) / (t[FAST] + t["LARS"]),
+        "torchvision's views / ours": t["views, torchvision"] / t["views"],
+        "read + views, share of a step": (t["read"] + t["views"]) / (t[FAST] + t["LARS"]),
+        "training, with blocks / without": t[FAST] / t["MLVICX, none"],
+        "inference, with blocks / without": 1 + t["context-bottlenecks"] / t["encoder"],
+        "backward / forward": t[FAST] / forward - 1,
     }
-    print(f"forward + backward, batch {batch}, {size} px, {torch.get_num_threads()} threads")
-    print(table.to_string(float_format="{:.2f}".format), "\n\nparts of a step, forward alone")
-    print(parts.to_string(float_format="{:.3f}".format))
-    for name, value in ratios.items():
-        print(f"{name}: {value:.2f}")
-    print(f"parameters: {json.dumps(count)}\nmultiply-adds an image: {json.dumps(flops)}")
-    result = {"config": asdict(config), "torch": torch.__version__, "ratios": ratios}
-    result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    result |= {"steps": table.to_dict("index"), "parts": parts.to_dict("index")}
-    result |= {"parameters": count, "multiply_adds": flops}
+    multiply_adds = {}
+    for name, part in zip(("backbone", "blocks", "heads"), FORWARD, strict=False):
+        with FlopCounterMode(display=False) as counter:
+            parts[part]()  # two views, and two operations a multiply-add
+        multiply_adds[name] = counter.get_total_flops() // (4 * config.batch_size)
+    modules = {"backbone": models[BARE], "blocks": models[FAST].encoder.context}
+    modules |= {"global head": models[FAST].global_head, "local head": models[FAST].local_head}
+    count = {k: sum(p.numel() for p in module.parameters()) for k, module in modules.items()}
+    result = {"ratios": ratios, "parameters": count, "multiply_adds": multiply_adds}
+    print("forward and backward of each form, then the parts of a step")
+    print(table.to_string(float_format="{:.4g}".format, na_rep=""))
+    print(json.dumps(result, indent=1))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result |= {"config": asdict(config), "torch": torch.__version__, "device": name}
+    rows = json.loads(table.to_json(orient="index", double_precision=15))
+    result |= {"steps": {name: rows.pop(name) for name in steps}, "parts": rows}
     if config.out:
         with replacing(config.out) as f:
             f.write(json.dumps(result, indent=1).encode())
     return result
 
 
-@torch.no_grad()
-def bench_parts(config, device, model, pair):
-    """Seconds of the parts of a step; multiply-adds an image and parameters of each."""
-    batch, rng, order = (
-        config.batch_size,
-        generator("bench"),
-        torch.randperm(16 * config.batch_size),
-    )
-    images, views = torch.randint(0, 256, (len(order), 256, 256)).byte(), RandomViews(config.size)
-    dataset = TorchvisionViews(images, config.size)
-    loader = torch.utils.data.DataLoader(dataset, batch, num_workers=2)
-    encoder, blocks = Encoder(context="none"), model.encoder.context.values()
-    encoder.to(device, memory_format=torch.channels_last)
-    with tempfile.TemporaryFile() as disk, autocast(device, config.amp):
-        images.numpy().tofile(disk)
-        stored = torch.from_numpy(np.memmap(disk, np.uint8, "c", shape=tuple(images.shape)))
-        (h, maps), z = encoder(pair[0]), model(*pair)
-        pooled = model.local_head.pool(maps)
-        calls = {
-            "read": lambda: [stored[rows] for rows in order.split(batch)],
-            "views": lambda: [views(x.to(device), rng) for x in images.split(batch)],
-            "views, torchvision": lambda: list(loader),
-            "encoder": lambda: [encoder(v) for v in pair],
-            "context-bottlenecks": lambda: [
-                b(x) for b, x in zip(blocks, maps, strict=True) for _ in pair
-            ],
-            "heads": lambda: (
-                [model.local_head.pool(maps) for _ in pair],
-                project(model.global_head.mlp, h, h),
-                project(model.local_head.mlp, pooled, pooled),
-            ),
-            "losses": lambda: mlvicx_loss(*z),
-            "LARS": LARS(model.parameters()).step,
-        }
-        parts = measure(calls, device, config.repeats)
-        parts.iloc[:3] /= 16  # these ran over sixteen batches
-        work = {
-            "backbone": calls["encoder"],
-            "blocks": calls["context-bottlenecks"],
-            "heads": calls["heads"],
-        }
-        flops = {}
-        for name, call in work.items():
-            with FlopCounterMode(display=False) as counter:
-                call()
-            flops[name] = counter.get_total_flops() // (4 * batch)  # two views, two flops
-    modules = {"backbone": encoder, "blocks": model.encoder.context}
-    modules |= {"global head": model.global_head, "local head": model.local_head}
-    return parts, flops, {n: sum(p.numel() for p in m.parameters()) for n, m in modules.items()}
-
-
-COMMANDS = {
-    "pretrain": (PretrainConfig, pretrain),
-    "classify": (ClassifyConfig, classify),
-    "segment": (SegmentConfig, segment),
-    "export": (ExportConfig, export),
-    "bench": (BenchConfig, bench),
-}
+COMMANDS = {"pretrain": (PretrainConfig, pretrain), "classify": (ClassifyConfig, classify)}
+COMMANDS |= {"segment": (SegmentConfig, segment), "export": (ExportConfig, export)}
+COMMANDS |= {"bench": (BenchConfig, bench)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -2204,12 +2032,10 @@ def build_parser():
         text = run.__doc__.splitlines()[0]
         sub = commands.add_parser(name, help=text, description=text)
         for f in dataclasses.fields(cls):
-            about = {"default": argparse.SUPPRESS, **f.metadata}
-            about["help"] += f" (default: {f.default})" if f.default not in ("", False) else ""
-            if isinstance(f.default, bool):
-                about["action"] = argparse.BooleanOptionalAction
-            else:
-                about.setdefault("type", type(f.default))
+            shown = f" (default: {f.default})" if f.default not in ("", False) else ""
+            boolean, plain = {"action": argparse.BooleanOptionalAction}, {"type": type(f.default)}
+            about = (boolean if isinstance(f.default, bool) else plain) | dict(f.metadata)
+            about |= {"default": argparse.SUPPRESS, "help": about["help"] + shown}
             sub.add_argument(f"--{f.name.replace('_', '-')}", **about)
     return parser
 
