@@ -266,25 +266,6 @@ def _texture(rng, size, fine, coarse):
     return band / band.std()
 
 
-def _bones(x, y, cage, body, turn):
-    """Thickness of spine, ribs and clavicles."""
-    r, bone = np.abs(x) / body["width"], np.zeros_like(x)
-    inside = _ramp(1.04 - cage, 0.1)
-    # Equal ribs repeat down the image, so one folded coordinate draws them all.
-    back = y - body["slope"] * r**2.2 + 0.08 * r
-    front = y + 0.50 * r - 0.12 * r**4
-    for curve, reach, amount in ((back, 2 * r, 0.16), (front, 5 * r - 1.9, 0.09)):
-        fold = np.abs((curve / body["spacing"]) % 1 - 0.5) * body["spacing"]
-        rim = 1 + 0.3 * _ramp(0.006 - np.abs(fold - 0.018), 0.012)  # the cortex is denser
-        bone += amount * rim * _ramp(0.026 - fold, 0.014) * inside * np.clip(reach, 0, 1)
-    spine = np.sqrt(np.clip(1 - (x / 0.095) ** 2, 0, 1))
-    side = np.abs(x - 0.5 * turn)
-    bend = y - (body["apex"] + 0.17 - 0.20 * side + 0.035 * np.sin(9 * side))
-    clavicle = np.sqrt(np.clip(1 - (bend / 0.034) ** 2, 0, 1)) * _ramp(0.36 - np.abs(side - 0.45))
-    scapula = _ball(np.abs(x), y, body["width"] + 0.03, -0.34, 0.09, 0.30, 0.25)
-    return (bone + 0.45 * spine + 0.30 * clavicle + 0.16 * _ramp(scapula - 0.2, 0.3)) * body["bone"]
-
-
 def _pose(rng, size):
     """Pixel grid in patient coordinates (x to the image right, y down) and the way back."""
     turn = rng.uniform(0.96, 1.22) * np.exp(1j * rng.normal(0, 0.05))
@@ -338,7 +319,20 @@ def _anatomy(rng, body, x, y, enlarged):
     trachea = _ramp(0.045 - np.abs(x - turn), 0.03) * _ramp(-0.2 - y, 0.1)
     bubble = rng.random() * _ball(x, y, 0.3, domes[1] + 0.16, 0.14, 0.07)
     breast = max(0, body["breast"]) * _ball(np.abs(x), y, 0.4, 0.22, 0.3, 0.24)
-    bones = _bones(x, y, cage, body, turn) * (1 - 0.6 * belly)
+    bone, inside = np.zeros_like(x), _ramp(1.04 - cage, 0.1)
+    # Equal ribs repeat down the image, so one folded coordinate draws them all.
+    back, front = y - body["slope"] * r**2.2 + 0.08 * r, y + 0.50 * r - 0.12 * r**4
+    for curve, reach, amount in ((back, 2 * r, 0.16), (front, 5 * r - 1.9, 0.09)):
+        fold = np.abs((curve / body["spacing"]) % 1 - 0.5) * body["spacing"]
+        rim = 1 + 0.3 * _ramp(0.006 - np.abs(fold - 0.018), 0.012)  # the cortex is denser
+        bone += amount * rim * _ramp(0.026 - fold, 0.014) * inside * np.clip(reach, 0, 1)
+    side = np.abs(x - 0.5 * turn)
+    bend = y - (body["apex"] + 0.17 - 0.20 * side + 0.035 * np.sin(9 * side))
+    spine, clavicle = (np.sqrt(np.clip(1 - d**2, 0, 1)) for d in (x / 0.095, bend / 0.034))
+    clavicle = clavicle * _ramp(0.36 - np.abs(side - 0.45))
+    scapula = _ball(np.abs(x), y, body["width"] + 0.03, -0.34, 0.09, 0.30, 0.25)
+    bone += 0.45 * spine + 0.30 * clavicle + 0.16 * _ramp(scapula - 0.2, 0.3)
+    bones = bone * body["bone"] * (1 - 0.6 * belly)
     solid = 0.25 * (heart + knob) - 0.25 * trachea - 0.5 * bubble + bones
     trunk = np.sqrt(np.maximum(1 - (x / (body["width"] + 0.3 + body["fat"])) ** 2, 0.05))
     trunk *= 0.75 + 0.9 * body["fat"] + 0.25 * _ramp(y - 0.2, 1.2)
@@ -349,9 +343,8 @@ def _anatomy(rng, body, x, y, enlarged):
 def _seat(rng, lung, to_pixel):
     """Row and column of a random point well inside the lung."""
     x, y = rng.uniform(-0.75, 0.75, (2, 400))
-    row, column = to_pixel(x + 1j * y)
-    first = np.argmax(lung[row, column] > 0.9)
-    return row[first], column[first]
+    spots = to_pixel(x + 1j * y)
+    return tuple(spots[:, np.argmax(lung[*spots] > 0.9)])
 
 
 def _disease(rng, noise, body, x, y, at, grade, to_pixel):
@@ -435,10 +428,10 @@ def draw_phantom(seed, index, size=128, site="a"):
     lung, extra, vessels, regions = _disease(rng, noise, body, x, y, at, grade, to_pixel)
     depth = at["soft"] * (1 - 0.58 * lung) + at["solid"] + tree * vessels * (0.15 + lung) + extra
     image = _expose(rng, noise, np.maximum(depth, 0) * _outline(x, y, body), place)
-    edges = {
-        name: Image.fromarray(regions[name]).getbbox() for name in grade if regions[name].any()
-    }
-    boxes = [(name, x, y, right - x, below - y) for name, (x, y, right, below) in edges.items()]
+    edges = {f: Image.fromarray(regions[f]).getbbox() for f in grade if regions[f].any()}
+    boxes = [
+        (f, left, top, right - left, end - top) for f, (left, top, right, end) in edges.items()
+    ]
     mask = regions.get("Pneumothorax", np.zeros((size, size))).astype(np.uint8)
     findings = phantom_findings(severity)
     return dict(image=image, mask=mask, findings=findings, boxes=boxes, patient=patient)
@@ -466,10 +459,10 @@ class Listing:
     findings: list  # names of the finding columns, in order
     lists: list = field(default_factory=list)  # label files, to be hashed
     rejected: list = field(default_factory=list)  # (image, reason) pairs known so far
+    allow_missing: bool = True  # missing images are listed instead of refused
     boxes: pd.DataFrame | None = None  # columns BOX, in source pixels
     masks: list | None = None  # one a row: path, tuple of RLE texts, or None
     sources: object = ()  # pairs of row and file, stream, (H, W) uint8 or draw_phantom's arguments
-    allow_missing: bool = True  # missing images are listed instead of refused
     size: int = 256  # S, unless another is asked for
     extra: dict = field(default_factory=dict)  # for meta.json
 
@@ -590,8 +583,8 @@ def rle_decode(text, rows, columns):
 # ================================================================================================
 # 4. The prepared folder
 # ================================================================================================
-HEADER = 128  # bytes before the pixels of a .npy file
-BATCH, CHUNK = 64, 4  # images that are written at a time, and that a worker is given at a time
+# Bytes before the pixels of a .npy file; images written at a time, and given to a worker at a time.
+HEADER, BATCH, CHUNK = 128, 64, 4
 
 
 def file_digest(path, kind="sha256"):
@@ -655,13 +648,13 @@ def _in_batches(tasks, size, workers):
     """Lists of prepared pictures, in the order of the tasks, which are read one batch ahead."""
     # Forking is quicker by a second, and not safe beside torch's threads.
     context = get_context("spawn" if "torch" in sys.modules else None)
-    tasks, work, running = iter(tasks), functools.partial(prepare_picture, size=size), None
+    tasks, work, running = iter(tasks), functools.partial(prepare_picture, size=size), ()
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         apply = map if workers == 1 else functools.partial(pool.map, chunksize=CHUNK)
         while batch := list(itertools.islice(tasks, BATCH)):
             running, finished = apply(work, batch), running
-            yield from [list(finished)] if finished else []
-        yield from [list(running)] if running else []
+            yield list(finished)
+        yield list(running)
 
 
 def _resume(journal, arrays, plan, size):
@@ -669,11 +662,10 @@ def _resume(journal, arrays, plan, size):
     journal.seek(0)
     lines = [line for line in journal if line.endswith(b"\n")]  # the last may be torn
     journal.truncate(sum(map(len, lines)))
-    if not lines:
-        lines = [json.dumps(plan).encode() + b"\n"]
-        journal.write(lines[0])
-    first, *notes = map(json.loads, lines)
+    first, *notes = map(json.loads, lines or [json.dumps(plan)])
     refuse_changed(first, plan, Path(journal.name).parent)
+    if not lines:
+        journal.write(json.dumps(plan).encode() + b"\n")
     end = HEADER + sum("reason" not in note for note in notes) * size**2
     for array in arrays:
         array.truncate(end)
@@ -701,13 +693,11 @@ def write_prepared(listing, out, options, size=None, workers=1):
         done = {note["row"] for note in notes}
         tasks = ((k, source, masks and masks[k]) for k, source in listing.sources if k not in done)
         bar = stack.enter_context(tqdm(total=total, initial=len(notes), disable=None))
-        for batch in _in_batches(tasks, size, workers):
+        for batch in filter(None, _in_batches(tasks, size, workers)):
             new, *pixels = zip(*batch, strict=True)
-            for array, parts in zip(
-                arrays, pixels, strict=False
-            ):  # first: no note lacks its pixels
+            for array, parts in zip(arrays, pixels, strict=False):
                 array.write(b"".join(parts))
-                os.fsync(array.flush() or array.fileno())
+                os.fsync(array.flush() or array.fileno())  # before the notes on these pixels
             journal.write("".join(json.dumps(note) + "\n" for note in new).encode())
             journal.flush()
             notes += new
@@ -752,10 +742,8 @@ def _tables(listing, notes, size):
         drawn = good[["image", "boxes"]].to_numpy()
         boxes = pd.DataFrame([(name, *box) for name, found in drawn for box in found], columns=BOX)
     columns = ["image", "patient", "split", *listing.findings, *["has_mask"] * bool(listing.masks)]
-    tables = {
-        "labels.csv": good[columns],
-        "hashes.csv": good[["image", "sha256", "height", "width"]],
-    }
+    tables = {"labels.csv": good[columns]}
+    tables["hashes.csv"] = good[["image", "sha256", "height", "width"]]
     tables["rejected.csv"] = pd.DataFrame(rejected, columns=["image", "reason"])
     if boxes is not None:
         tables["boxes.csv"] = scale_boxes(boxes, tables["hashes.csv"], size)
@@ -859,13 +847,11 @@ def list_nih(raw, allow_missing=False):
     require(not both, f"{both[:1]} is in both {lists[1]} and {lists[2]}")
     table["split"] = table["image"].map(dict.fromkeys(train, "train") | dict.fromkeys(test, "test"))
     lost = [(name, "in neither official list") for name in table["image"][table["split"].isna()]]
-    listing = Listing(table.dropna(ignore_index=True), NIH_FINDINGS, lists, lost)
-    listing.allow_missing = allow_missing
+    listing = Listing(table.dropna(ignore_index=True), NIH_FINDINGS, lists, lost, allow_missing)
     if (raw / "BBox_List_2017.csv").is_file():
         lists.append(raw / "BBox_List_2017.csv")
-        names = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]"]
-        boxes = read_table(lists[-1], dict(zip(names, BOX, strict=True)), EDGES)
-        listing.boxes = boxes.replace("Infiltrate", "Infiltration")
+        names = dict(zip("Image Index,Finding Label,Bbox [x,y,w,h]".split(","), BOX, strict=True))
+        listing.boxes = read_table(lists[-1], names, EDGES).replace("Infiltrate", "Infiltration")
     files, archives = index_files(raw, [".png"], lambda p: p.name), [*raw.glob("images_*.tar.gz")]
     if files or not archives:
         return listing.attach(files)
@@ -924,22 +910,20 @@ def _read_npz(npz):
 def list_rsna(raw, allow_missing=False):
     """RSNA pneumonia 2018, boxes: `stage_2_train_labels.csv`, `stage_2_train_images/*.dcm`."""
     csv = Path(raw, "stage_2_train_labels.csv")
-    rows = read_table(csv, ["patientId", *EDGES, "Target"], EDGES).drop_duplicates()
+    names = {"patientId": "image", **dict(zip(EDGES, EDGES, strict=True)), "Target": "Pneumonia"}
+    rows = read_table(csv, names, EDGES).drop_duplicates().assign(finding="Pneumonia")
     edges = rows[EDGES].notna().sum(axis=1)
-    fits = (rows["Target"] == edges.map({0: "0", 4: "1"})).all()
+    fits = (rows["Pneumonia"] == edges.map({0: "0", 4: "1"})).all()
     require(fits, f"{csv}: expected a box in every row of Target 1 and in none of Target 0")
-    rows = rows.rename(columns={"patientId": "image"}).assign(finding="Pneumonia")
-    rows["Pneumonia"] = rows["Target"].astype(int)
     table = rows[["image", "Pneumonia"]].drop_duplicates(ignore_index=True)
-    boxes = rows.loc[edges == 4, BOX]
+    table, boxes = table.astype({"Pneumonia": int}), rows.loc[edges == 4, BOX]
     listing = Listing(table, ["Pneumonia"], [csv], boxes=boxes, allow_missing=allow_missing)
     return listing.attach(index_files(Path(raw, "stage_2_train_images"), DICOMS))
 
 
 def list_siim(raw, allow_missing=False):
     """SIIM-ACR pneumothorax 2019, masks: table of RLE, a row a region, and DICOMs at any depth."""
-    csv = Path(raw, "stage_2_train.csv")
-    csv = csv if csv.is_file() else Path(raw, "train-rle.csv")
+    csv = [Path(raw, "train-rle.csv"), *Path(raw).glob("stage_2_train.csv")][-1]
     rows = read_table(csv, ["ImageId", "EncodedPixels"]).drop_duplicates()
     texts = rows.groupby("ImageId", sort=False)["EncodedPixels"].agg(tuple)
     odd = [name for name, t in texts.items() if "" in t or ("-1" in t and len(t) > 1)]
@@ -962,9 +946,8 @@ def vinbig_labels(csv, boxes_csv=None, readers="majority"):
         that are present.
     """
     other = {"Other disease": "Other diseases"}
-    columns = ["image_id", "class_name", "x_min", "y_min", "x_max", "y_max"]
-    boxes = read_table(boxes_csv or csv, dict(zip(columns, BOX, strict=True)), EDGES)
-    boxes = boxes.replace({"finding": other})
+    names = dict(zip("image_id class_name x_min y_min x_max y_max".split(), BOX, strict=True))
+    boxes = read_table(boxes_csv or csv, names, EDGES).replace({"finding": other})
     boxes[["width", "height"]] -= boxes[["x", "y"]].to_numpy()
     rows = read_table(csv, ["image_id"] if boxes_csv else ["rad_id"]).rename(columns=other)
     findings = [c for c in rows if c.lower() not in ("image_id", "rad_id", "no finding")]
@@ -1013,12 +996,11 @@ def list_vinbig(raw, readers="majority", allow_missing=False):
 # 6. Downloads
 # ================================================================================================
 NIH_URL = "https://nihcc.box.com/shared/static/{}.gz"
-NIH_ARCHIVES = """
-vfk49d74nhbxq3nqjg0900w5nvkorp5c i28rlmbvmfjbl8p2n3ril0pptcmcu9d1 f1t00wrtdk94satdfb9olcolqx20z2jp
-0aowwzs5lhjrceb3qp67ahp0rd1l1etg v5e3goj22zr6h8tzualxfsqlqaygfbsn asi7ikud9jwnkrnkj99jnpfkjdes7l6l
-jn1b4mw4n6lnh74ovmcjb8y48h8xj07n tvpxmn7qyrgl0w8wfh9kqfjskv6nmm1j upyy3ml7qdumlgk2rfcvlb9k6gvqq2pj
-l6nilvfa9cg3s28tqv1qc1olm3gnz54p hhq8fkdgvcari67vfhs7ppg2w6ni4jze ioqwiy20ihqwyr8pf4c24eazhh281pbu
-""".split()
+NIH_ARCHIVES = """vfk49d74nhbxq3nqjg0900w5nvkorp5c i28rlmbvmfjbl8p2n3ril0pptcmcu9d1
+f1t00wrtdk94satdfb9olcolqx20z2jp 0aowwzs5lhjrceb3qp67ahp0rd1l1etg v5e3goj22zr6h8tzualxfsqlqaygfbsn
+asi7ikud9jwnkrnkj99jnpfkjdes7l6l jn1b4mw4n6lnh74ovmcjb8y48h8xj07n tvpxmn7qyrgl0w8wfh9kqfjskv6nmm1j
+upyy3ml7qdumlgk2rfcvlb9k6gvqq2pj l6nilvfa9cg3s28tqv1qc1olm3gnz54p hhq8fkdgvcari67vfhs7ppg2w6ni4jze
+ioqwiy20ihqwyr8pf4c24eazhh281pbu""".split()
 # A mirror: NIH's own folder has no direct links to its lists.
 LISTS_URL = "https://huggingface.co/datasets/alkzar90/NIH-Chest-X-ray-dataset/resolve/main/data/{}"
 NIH_LISTS = "Data_Entry_2017_v2020.csv train_val_list.txt test_list.txt BBox_List_2017.csv".split()
