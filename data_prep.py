@@ -12,9 +12,6 @@ column a finding, blank = unknown), perhaps `masks.npy` (N, S, S) of 0/1 (column
 
 It grows as `<out>.partial`: images are read in parallel, appended in the order of the list and
 journalled, so that a run that was killed goes on where it was and ends in the same bytes.
-
-Sections: 1 one X-ray file, 2 demo phantoms, 3 tables and splits, 4 the prepared folder,
-5 the datasets, 6 downloads, 7 verify, 8 command line.
 """
 
 import argparse
@@ -106,10 +103,9 @@ def resize_xray(image, size):
     Args: image: (H, W) uint8; size: S, edge of the result in pixels.
     Returns: (S, S) uint8.
     """
-    picture = Image.fromarray(image)
     # Area averaging by the largest whole factor, then bicubic for the rest: a tenth of the time of
     # a bicubic filter alone, and on X-rays within a mean of 0.5 gray levels of it.
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.0))
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC, reducing_gap=1.0))
 
 
 def _check_size(rows, columns):
@@ -136,6 +132,7 @@ def _read_dicom(path):
     """DICOM file -> (H, W) uint8: modality LUT, VOI LUT, MONOCHROME1 inverted, then 8 bits."""
     import gdcm
     import pydicom
+    from pydicom.encaps import generate_frames
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
     gdcm.Trace.WarningOff()  # its errors come back as exceptions
@@ -143,19 +140,7 @@ def _read_dicom(path):
     syntax = pydicom.filereader.read_file_meta_info(path).TransferSyntaxUID
     require(syntax in TRANSFER_SYNTAXES, f"DICOM transfer syntax {syntax} is not on the list")
     ds = pydicom.dcmread(path)
-    _check_dicom(ds, syntax)
-    pixels = ds.pixel_array
-    if pixels.ndim == 3:
-        return np.array(Image.fromarray(pixels).convert("L"))
-    keep = ds.BitsStored == 8 and not ds.PixelRepresentation
-    invert = ds.PhotometricInterpretation == "MONOCHROME1"
-    return _to_gray(pixels, lambda x: apply_voi_lut(apply_modality_lut(x, ds), ds), keep, invert)
-
-
-def _check_dicom(ds, syntax):
-    """Refuses a data set whose sizes are too large or do not fit its pixel data."""
-    from pydicom.encaps import generate_frames
-
+    # Sizes that are too large, or do not fit the pixel data, are refused before a decoder starts.
     header, depth = (ds.Rows, ds.Columns), (ds.SamplesPerPixel, ds.BitsAllocated)
     _check_size(*header)
     known = depth in ((1, 8), (1, 16), (3, 8)) and int(ds.get("NumberOfFrames") or 1) == 1
@@ -169,6 +154,12 @@ def _check_dicom(ds, syntax):
         require(fits, f"header {header}, compressed stream {coded}")
     else:
         require(len(stream) >= size, f"{len(stream)} bytes of pixels, the header says {size}")
+    pixels = ds.pixel_array
+    if pixels.ndim == 3:
+        return np.array(Image.fromarray(pixels).convert("L"))
+    keep = ds.BitsStored == 8 and not ds.PixelRepresentation
+    invert = ds.PhotometricInterpretation == "MONOCHROME1"
+    return _to_gray(pixels, lambda x: apply_voi_lut(apply_modality_lut(x, ds), ds), keep, invert)
 
 
 def _coded_size(stream):
@@ -823,12 +814,10 @@ def list_nih(raw, allow_missing=False):
 
     Args:
         raw: folder with either edition of `Data_Entry_2017*.csv`, `train_val_list.txt`,
-            `test_list.txt`, optionally `BBox_List_2017.csv`, and PNGs at any depth or
-            `images_*.tar.gz`.
+            `test_list.txt`, perhaps `BBox_List_2017.csv`, and PNGs at any depth or archives.
         allow_missing: list missing images instead of refusing.
     Returns: `Listing`, 14 findings ("No Finding" is the absence of all).
-    Raises: PrepError on an unknown finding, a name or patient that is none, or an image in both
-        lists.
+    Raises: PrepError on an unknown finding, an odd name or patient, or an image in both lists.
     """
     raw = Path(raw)
     entries = [raw / "Data_Entry_2017_v2020.csv", *sorted(raw.glob("Data_Entry_2017*.csv"))][-1]
@@ -877,8 +866,7 @@ def _read_archives(archives, names, rejected):
 def list_chestmnist(raw):
     """ChestMNIST, NIH images at 28 to 224 px; --raw is the .npz.
 
-    Args:
-        raw: the .npz file as published.
+    Args: raw: the .npz file as published.
     Returns: `Listing` that streams the pictures; without patient ids every image is its own. The
         split is not NIH's: its training part holds official NIH test images.
     """
@@ -939,11 +927,9 @@ def vinbig_labels(csv, boxes_csv=None, readers="majority"):
 
     Args:
         csv: Kaggle's `train.csv`, a row a reader and box; or PhysioNet's `image_labels_*.csv`, a
-            row a reader, a column a finding.
-        boxes_csv: PhysioNet's `annotations_*.csv`; None for Kaggle.
+            row a reader, a column a finding, with its `annotations_*.csv` as `boxes_csv`.
         readers: a finding is present if `any` reader, or the `majority` of them, saw it.
-    Returns: (table, boxes): `image` and the findings; the boxes of all readers, of the findings
-        that are present.
+    Returns: (table, boxes): `image` and the findings; all boxes of the findings that are present.
     """
     other = {"Other disease": "Other diseases"}
     names = dict(zip("image_id class_name x_min y_min x_max y_max".split(), BOX, strict=True))
@@ -970,9 +956,7 @@ def vinbig_labels(csv, boxes_csv=None, readers="majority"):
 def list_vinbig(raw, readers="majority", allow_missing=False):
     """VinBigData / VinDr-CXR: Kaggle's `train.csv`, `train/*.dicom`, or PhysioNet's folders.
 
-    Args:
-        raw: folder of either.
-        readers: `any` or `majority`; allow_missing: list missing images instead of refusing.
+    Args: as for `vinbig_labels` and `list_nih`.
     Returns: `Listing`; PhysioNet's test set is kept, Kaggle's images are split by image.
     """
     files, lists = index_files(Path(raw, "train"), DICOMS), [Path(raw, "train.csv")]
@@ -1018,8 +1002,7 @@ def download(url, path, md5=None, attempts=5):
 
     Args:
         url, path: from and to; `<path>.part` holds what has come so far.
-        md5: hex digest to check, or None: then the size the server states.
-        attempts: connections before giving up.
+        md5: hex digest to check beside the size that the server states; attempts: connections.
     Returns: path.
     Raises: PrepError.
     """
@@ -1082,12 +1065,10 @@ KNOWN_COUNTS = {
 def verify(folder):
     """Checks a prepared folder against its own hashes and counts, and prints what is in it.
 
-    Args:
-        folder: prepared folder.
+    Args: folder: prepared folder.
     Returns: list of problems, one line each: changed bytes, wrong counts, one picture in two
         splits. Duplicates within a split and blank pictures are only printed.
-    Raises: PrepError or OSError if the folder is not a complete prepared folder, or a patient is in
-        two splits.
+    Raises: PrepError or OSError if the folder is incomplete, or a patient is in two splits.
     """
     folder, problems = Path(folder), []
     meta = json.loads((folder / "meta.json").read_text())
@@ -1196,8 +1177,7 @@ def prepare(command, out, size, workers, overwrite, download=False, **given):
 def main(argv=None):
     """The command line.
 
-    Args:
-        argv: list of str; None takes those of the process.
+    Args: argv: list of str; None takes those of the process.
     Returns: exit code: 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
     """
     try:
