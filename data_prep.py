@@ -184,18 +184,15 @@ PHANTOM_FINE = ("Nodule", "Pneumothorax", "Fibrosis")
 PHANTOM_FINDINGS = PHANTOM_COARSE + PHANTOM_FINE
 # One entry a hospital. `prevalence` is in the order of PHANTOM_FINDINGS (Fibrosis is the rare one),
 # `dark` the optical depth shown as middle gray, `slope` the contrast of the film around it.
-PHANTOM_SITES = {
-    "a": dict(code=0, prevalence=(0.13, 0.21, 0.17, 0.17, 0.11, 0.04), fat=0.06,
-              dark=1.45, slope=1.9, scatter=0.10, noise=0.028),
-    "b": dict(code=1, prevalence=(0.20, 0.25, 0.09, 0.10, 0.06, 0.08), fat=0.13,
-              dark=1.20, slope=1.5, scatter=0.18, noise=0.045),
-}  # fmt: skip
+PHANTOM_SITES = {"a": dict(code=0, prevalence=(0.13, 0.21, 0.17, 0.17, 0.11, 0.04), fat=0.06,
+                           dark=1.45, slope=1.9, scatter=0.10, noise=0.028),
+                 "b": dict(code=1, prevalence=(0.20, 0.25, 0.09, 0.10, 0.06, 0.08), fat=0.13,
+                           dark=1.20, slope=1.5, scatter=0.18, noise=0.045)}  # fmt: skip
 # Range of each measure of a patient. Lengths are in half image widths; `heart` is the healthy
 # cardiothoracic ratio, `spacing` and `slope` belong to the ribs, a negative `breast` means none.
-BUILD = dict(
-    width=(0.62, 0.80), apex=(-0.80, -0.68), heart=(0.37, 0.49), tilt=(0.2, 0.7), bone=(0.7, 1.3),
-    spacing=(0.125, 0.15), slope=(0.14, 0.34), breast=(-0.35, 0.35), vessels=(0.06, 0.11),
-)  # fmt: skip
+BUILD = dict(width=(0.62, 0.80), apex=(-0.80, -0.68), heart=(0.37, 0.49), tilt=(0.2, 0.7),
+             bone=(0.7, 1.3), spacing=(0.125, 0.15), slope=(0.14, 0.34), breast=(-0.35, 0.35),
+             vessels=(0.06, 0.11))  # fmt: skip
 # Images of 16 consecutive patients, 40 in all, shuffled block by block: a patient owns 1 to 5
 # indices in a row, and any index finds its patient without a history.
 IMAGES_PER_PATIENT = (1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 4, 5, 5)
