@@ -6,16 +6,12 @@
     python data_prep.py verify data/nih
 
 A prepared folder holds `images.npy` (N, S, S) uint8, `labels.csv` (image, patient, split, one 0/1
-column a finding, blank = unknown), optionally `masks.npy` (N, S, S) of 0/1 with the column
-`has_mask`, and `boxes.csv` in prepared pixels; `rejected.csv` (every image left out, and why),
-`hashes.csv` (SHA-256 of each prepared picture, size of its source) and `meta.json`.
+column a finding, blank = unknown), perhaps `masks.npy` (N, S, S) of 0/1 (column `has_mask`) and
+`boxes.csv` in prepared pixels; `rejected.csv` (every image left out, and why), `hashes.csv`
+(SHA-256 of each prepared picture, size of its source) and, written last, `meta.json`.
 
-It is built in `<out>.partial` and gets its name when it is complete: images are read in parallel,
-appended in the order of the list and journalled, so that a run that was killed goes on where it
-was and ends in the same bytes.
-
-Sections: 1 one X-ray file, 2 demo phantoms, 3 tables and splits, 4 the prepared folder,
-5 the datasets, 6 downloads, 7 verify, 8 command line.
+It grows as `<out>.partial`: images are read in parallel, appended in the order of the list and
+journalled, so that a run that was killed goes on where it was and ends in the same bytes.
 """
 
 import argparse
@@ -49,8 +45,8 @@ from tqdm import tqdm
 # ================================================================================================
 # 1. One X-ray file
 # ================================================================================================
-MIN_SIDE, MAX_PIXELS = 16, 50_000_000  # the largest chest detectors give about 20 million
-MAX_BYTES = 256 << 20  # of one file
+# Of one picture, and of its file; the largest chest detectors give about 20 million pixels.
+MIN_SIDE, MAX_PIXELS, MAX_BYTES = 16, 50_000_000, 256 << 20
 PICTURES, DICOMS = (".png", ".jpg", ".jpeg"), (".dcm", ".dicom")
 # Little endian, JPEG, JPEG lossless, JPEG-LS, JPEG 2000, RLE. Not deflated, which would be inflated
 # before the sizes inside can be checked.
@@ -76,16 +72,14 @@ def one_line(error):
 def read_xray(source):
     """One X-ray file as an 8-bit gray picture.
 
-    Deeper PNGs and DICOMs are stretched from their darkest to their brightest value; 8-bit values
-    stay as they are. Colour becomes luminance, transparency is ignored.
+    8-bit values stay as they are, deeper ones are stretched from the darkest to the brightest.
+    Colour becomes luminance, transparency is ignored.
 
-    Args:
-        source: path of a PNG, JPEG or DICOM file (told by content, not by name), or an open binary
-            stream of a PNG or JPEG.
+    Args: source: path of a PNG, JPEG or DICOM file (told by content, not by name), or an open
+        binary stream of a PNG or JPEG.
     Returns: (H, W) uint8.
-    Raises: ValueError, with a one-line reason, if the file is missing, damaged, truncated, of
-        another format, below 16 pixels a side or above 50 million pixels. Nothing large is
-        allocated before the sizes in the header have been checked.
+    Raises: ValueError, with a one-line reason, if the file is missing, damaged, of another format,
+        below 16 pixels a side or above 50 million. Sizes are checked before they are allocated.
     """
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -98,26 +92,20 @@ def read_xray(source):
                 _check_size(image.height, image.width)
                 deep = image.mode.startswith("I")  # 16 bits
                 return _to_gray(np.asarray(image)) if deep else np.array(image.convert("L"))
-    except UnidentifiedImageError:
-        raise ValueError("not a PNG, JPEG or DICOM file") from None
-    # Decoders raise nearly anything on a hostile file: whatever it is, the file is bad.
-    except Exception as e:
-        raise ValueError(one_line(e)) from e
+    except Exception as e:  # decoders raise nearly anything on a hostile file
+        unknown = isinstance(e, UnidentifiedImageError)
+        raise ValueError("not a PNG, JPEG or DICOM file" if unknown else one_line(e)) from e
 
 
 def resize_xray(image, size):
     """The one antialiased downscale: the whole picture onto a square, aspect ratio not kept.
 
-    Area averaging by the largest whole factor, then bicubic for the rest: a tenth of the time of a
-    bicubic filter alone, and on X-rays within a mean of 0.5 gray levels of it.
-
-    Args:
-        image: (H, W) uint8.
-        size: S, edge of the result in pixels.
+    Args: image: (H, W) uint8; size: S, edge of the result in pixels.
     Returns: (S, S) uint8.
     """
-    picture = Image.fromarray(image)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.0))
+    # Area averaging by the largest whole factor, then bicubic for the rest: a tenth of the time of
+    # a bicubic filter alone, and on X-rays within a mean of 0.5 gray levels of it.
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC, reducing_gap=1.0))
 
 
 def _check_size(rows, columns):
@@ -127,15 +115,11 @@ def _check_size(rows, columns):
 
 
 def _to_gray(pixels, convert=np.float64, keep=False, invert=False):
-    """(H, W) integers -> uint8: `convert`, stretch to 0..255, perhaps invert.
-
-    Worked out on a table of the levels from darkest to brightest. Told to `keep` 8-bit levels, it
-    stretches them only if `convert` changes them.
-    """
+    """(H, W) integers -> uint8: `convert`, stretch to 0..255 (not if `keep`), perhaps invert."""
     low = int(pixels.min())
-    levels = np.arange(low, int(pixels.max()) + 1)
+    levels = np.arange(low, int(pixels.max()) + 1)  # the work is done on a table of these
     values = convert(levels).astype(np.float64)
-    if not (keep and np.allclose(values, levels)):
+    if not (keep and np.allclose(values, levels)):  # 8 bits that `convert` leaves alone
         values = (values - values.min()) * (255 / (np.ptp(values) or 1))
     values = 255 - values if invert else values
     require(np.isfinite(values).all(), "pixel values are not finite")
@@ -148,27 +132,15 @@ def _read_dicom(path):
     """DICOM file -> (H, W) uint8: modality LUT, VOI LUT, MONOCHROME1 inverted, then 8 bits."""
     import gdcm
     import pydicom
+    from pydicom.encaps import generate_frames
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
     gdcm.Trace.WarningOff()  # its errors come back as exceptions
     gdcm.Trace.ErrorOff()
     syntax = pydicom.filereader.read_file_meta_info(path).TransferSyntaxUID
-    safe = syntax in TRANSFER_SYNTAXES
-    require(safe, f"DICOM transfer syntax {syntax} is not on the list of safe ones")
+    require(syntax in TRANSFER_SYNTAXES, f"DICOM transfer syntax {syntax} is not on the list")
     ds = pydicom.dcmread(path)
-    _check_dicom(ds, syntax)
-    pixels = ds.pixel_array
-    if pixels.ndim == 3:
-        return np.array(Image.fromarray(pixels).convert("L"))
-    keep = ds.BitsStored == 8 and not ds.PixelRepresentation
-    invert = ds.PhotometricInterpretation == "MONOCHROME1"
-    return _to_gray(pixels, lambda x: apply_voi_lut(apply_modality_lut(x, ds), ds), keep, invert)
-
-
-def _check_dicom(ds, syntax):
-    """Refuses a data set whose sizes are too large or do not fit its pixel data."""
-    from pydicom.encaps import generate_frames
-
+    # Sizes that are too large, or do not fit the pixel data, are refused before a decoder starts.
     header, depth = (ds.Rows, ds.Columns), (ds.SamplesPerPixel, ds.BitsAllocated)
     _check_size(*header)
     known = depth in ((1, 8), (1, 16), (3, 8)) and int(ds.get("NumberOfFrames") or 1) == 1
@@ -182,6 +154,12 @@ def _check_dicom(ds, syntax):
         require(fits, f"header {header}, compressed stream {coded}")
     else:
         require(len(stream) >= size, f"{len(stream)} bytes of pixels, the header says {size}")
+    pixels = ds.pixel_array
+    if pixels.ndim == 3:
+        return np.array(Image.fromarray(pixels).convert("L"))
+    keep = ds.BitsStored == 8 and not ds.PixelRepresentation
+    invert = ds.PhotometricInterpretation == "MONOCHROME1"
+    return _to_gray(pixels, lambda x: apply_voi_lut(apply_modality_lut(x, ds), ds), keep, invert)
 
 
 def _coded_size(stream):
@@ -206,59 +184,41 @@ PHANTOM_FINE = ("Nodule", "Pneumothorax", "Fibrosis")
 PHANTOM_FINDINGS = PHANTOM_COARSE + PHANTOM_FINE
 # One entry a hospital. `prevalence` is in the order of PHANTOM_FINDINGS (Fibrosis is the rare one),
 # `dark` the optical depth shown as middle gray, `slope` the contrast of the film around it.
-PHANTOM_SITES = {
-    "a": dict(code=0, prevalence=(0.13, 0.21, 0.17, 0.17, 0.11, 0.04), fat=0.06,
-              dark=1.45, slope=1.9, scatter=0.10, noise=0.028),
-    "b": dict(code=1, prevalence=(0.20, 0.25, 0.09, 0.10, 0.06, 0.08), fat=0.13,
-              dark=1.20, slope=1.5, scatter=0.18, noise=0.045),
-}  # fmt: skip
+PHANTOM_SITES = {"a": dict(code=0, prevalence=(0.13, 0.21, 0.17, 0.17, 0.11, 0.04), fat=0.06,
+                           dark=1.45, slope=1.9, scatter=0.10, noise=0.028),
+                 "b": dict(code=1, prevalence=(0.20, 0.25, 0.09, 0.10, 0.06, 0.08), fat=0.13,
+                           dark=1.20, slope=1.5, scatter=0.18, noise=0.045)}  # fmt: skip
 # Range of each measure of a patient. Lengths are in half image widths; `heart` is the healthy
 # cardiothoracic ratio, `spacing` and `slope` belong to the ribs, a negative `breast` means none.
-BUILD = dict(
-    width=(0.62, 0.80), apex=(-0.80, -0.68), heart=(0.37, 0.49), tilt=(0.2, 0.7), bone=(0.7, 1.3),
-    spacing=(0.125, 0.15), slope=(0.14, 0.34), breast=(-0.35, 0.35), vessels=(0.06, 0.11),
-)  # fmt: skip
-# Images of 16 consecutive patients, 40 in all, shuffled block by block: any index finds its
-# patient without a history.
+BUILD = dict(width=(0.62, 0.80), apex=(-0.80, -0.68), heart=(0.37, 0.49), tilt=(0.2, 0.7),
+             bone=(0.7, 1.3), spacing=(0.125, 0.15), slope=(0.14, 0.34), breast=(-0.35, 0.35),
+             vessels=(0.06, 0.11))  # fmt: skip
+# Images of 16 consecutive patients, 40 in all, shuffled block by block: a patient owns 1 to 5
+# indices in a row, and any index finds its patient without a history.
 IMAGES_PER_PATIENT = (1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 4, 5, 5)
-
-
-def patient_of(seed, index, site="a"):
-    """Number of the patient to whom image `index` belongs.
-
-    Args:
-        seed, index: non-negative integers.
-        site: a key of PHANTOM_SITES.
-    Returns: int; a patient owns 1 to 5 consecutive indices, 2.5 on average.
-    """
-    block, place = divmod(index, sum(IMAGES_PER_PATIENT))
-    rng = np.random.default_rng([seed, PHANTOM_SITES[site]["code"], 0, block])
-    ends = np.cumsum(rng.permutation(IMAGES_PER_PATIENT))
-    return block * len(IMAGES_PER_PATIENT) + int(np.searchsorted(ends, place, side="right"))
 
 
 def phantom_case(seed, index, site="a"):
     """Whom an image shows and with what.
 
     Args: as for `draw_phantom`.
-    Returns: patient; body, what stays the same from one image of a patient to the next: the
-        measures of BUILD, `fat`, and `risk`, (7,) standard normals, one a finding and one shared by
-        all; severity a finding; and the Generator to draw the image with.
+    Returns: patient; body, measures that stay the same from one image of a patient to the next;
+        severity a finding, 0 without it; and the Generator to draw the image with.
     """
-    place, number = PHANTOM_SITES[site], patient_of(seed, index, site)
+    place, size = PHANTOM_SITES[site], sum(IMAGES_PER_PATIENT)
+    rng = np.random.default_rng([seed, place["code"], 0, index // size])
+    ends = np.cumsum(rng.permutation(IMAGES_PER_PATIENT))
+    number = index // size * len(IMAGES_PER_PATIENT) + np.searchsorted(ends, index % size, "right")
     rng = np.random.default_rng([seed, place["code"], 1, number])
     body = {name: rng.uniform(*limits) for name, limits in BUILD.items()}
     body["fat"] = place["fat"] + rng.exponential(0.06)
-    *risks, shared = rng.standard_normal(7)  # findings of a patient persist and go together
+    risk = rng.standard_normal(7)  # findings of a patient persist, and by the last go together
     rng = np.random.default_rng([seed, place["code"], 2, index])
-    severity, chance = {}, rng.standard_normal(6)
-    for name, p, own, luck in zip(
-        PHANTOM_FINDINGS, place["prevalence"], risks, chance, strict=True
-    ):
-        z = 0.35 * shared + 0.6 * own + math.sqrt(1 - 0.35**2 - 0.6**2) * luck
-        # The tail of a normal is uniform in (0, 1): below p the finding is there, deeper is worse.
-        severity[name] = max(0.0, 1 - math.erfc(z / math.sqrt(2)) / (2 * p))
-    return f"{site}{number:05d}", body, severity, rng
+    z = 0.35 * risk[6] + 0.6 * risk[:6] + math.sqrt(1 - 0.35**2 - 0.6**2) * rng.standard_normal(6)
+    # The tail of a normal is uniform in (0, 1): below p the finding is there, deeper is worse.
+    tail = np.array([math.erfc(value / math.sqrt(2)) / 2 for value in z])
+    severity = np.maximum(0, 1 - tail / place["prevalence"]).tolist()
+    return f"{site}{number:05d}", body, dict(zip(PHANTOM_FINDINGS, severity, strict=True)), rng
 
 
 def phantom_findings(severity):
@@ -292,26 +252,6 @@ def _texture(rng, size, fine, coarse):
     white = rng.standard_normal((size, size), dtype=np.float32)
     band = _smooth(white, fine) - _smooth(white, coarse)
     return band / band.std()
-
-
-def _bones(x, y, cage, body, turn):
-    """Thickness of spine, ribs and clavicles."""
-    r, bone = np.abs(x) / body["width"], np.zeros_like(x)
-    inside = _ramp(1.04 - cage, 0.1)
-    # Equal ribs repeat down the image, so one folded coordinate draws them all.
-    back = y - body["slope"] * r**2.2 + 0.08 * r
-    front = y + 0.50 * r - 0.12 * r**4
-    for curve, reach, amount in ((back, 2 * r, 0.16), (front, 5 * r - 1.9, 0.09)):
-        fold = np.abs((curve / body["spacing"]) % 1 - 0.5) * body["spacing"]
-        rim = 1 + 0.3 * _ramp(0.006 - np.abs(fold - 0.018), 0.012)  # the cortex is denser
-        bone += amount * rim * _ramp(0.026 - fold, 0.014) * inside * np.clip(reach, 0, 1)
-    spine = np.sqrt(np.clip(1 - (x / 0.095) ** 2, 0, 1))
-    side = np.abs(x - 0.5 * turn)
-    bend = y - (body["apex"] + 0.17 - 0.20 * side + 0.035 * np.sin(9 * side))
-    clavicle = np.sqrt(np.clip(1 - (bend / 0.034) ** 2, 0, 1)) * _ramp(0.36 - np.abs(side - 0.45))
-    scapula = _ball(np.abs(x), y, body["width"] + 0.03, -0.34, 0.09, 0.30, 0.25)
-    bone += 0.45 * spine + 0.30 * clavicle + 0.16 * _ramp(scapula - 0.2, 0.3)
-    return bone * body["bone"]
 
 
 def _pose(rng, size):
@@ -367,7 +307,20 @@ def _anatomy(rng, body, x, y, enlarged):
     trachea = _ramp(0.045 - np.abs(x - turn), 0.03) * _ramp(-0.2 - y, 0.1)
     bubble = rng.random() * _ball(x, y, 0.3, domes[1] + 0.16, 0.14, 0.07)
     breast = max(0, body["breast"]) * _ball(np.abs(x), y, 0.4, 0.22, 0.3, 0.24)
-    bones = _bones(x, y, cage, body, turn) * (1 - 0.6 * belly)
+    bone, inside = np.zeros_like(x), _ramp(1.04 - cage, 0.1)
+    # Equal ribs repeat down the image, so one folded coordinate draws them all.
+    back, front = y - body["slope"] * r**2.2 + 0.08 * r, y + 0.50 * r - 0.12 * r**4
+    for curve, reach, amount in ((back, 2 * r, 0.16), (front, 5 * r - 1.9, 0.09)):
+        fold = np.abs((curve / body["spacing"]) % 1 - 0.5) * body["spacing"]
+        rim = 1 + 0.3 * _ramp(0.006 - np.abs(fold - 0.018), 0.012)  # the cortex is denser
+        bone += amount * rim * _ramp(0.026 - fold, 0.014) * inside * np.clip(reach, 0, 1)
+    side = np.abs(x - 0.5 * turn)
+    bend = y - (body["apex"] + 0.17 - 0.20 * side + 0.035 * np.sin(9 * side))
+    spine, clavicle = (np.sqrt(np.clip(1 - d**2, 0, 1)) for d in (x / 0.095, bend / 0.034))
+    clavicle = clavicle * _ramp(0.36 - np.abs(side - 0.45))
+    scapula = _ball(np.abs(x), y, body["width"] + 0.03, -0.34, 0.09, 0.30, 0.25)
+    bone += 0.45 * spine + 0.30 * clavicle + 0.16 * _ramp(scapula - 0.2, 0.3)
+    bones = bone * body["bone"] * (1 - 0.6 * belly)
     solid = 0.25 * (heart + knob) - 0.25 * trachea - 0.5 * bubble + bones
     trunk = np.sqrt(np.maximum(1 - (x / (body["width"] + 0.3 + body["fat"])) ** 2, 0.05))
     trunk *= 0.75 + 0.9 * body["fat"] + 0.25 * _ramp(y - 0.2, 1.2)
@@ -378,9 +331,8 @@ def _anatomy(rng, body, x, y, enlarged):
 def _seat(rng, lung, to_pixel):
     """Row and column of a random point well inside the lung."""
     x, y = rng.uniform(-0.75, 0.75, (2, 400))
-    row, column = to_pixel(x + 1j * y)
-    first = np.argmax(lung[row, column] > 0.9)
-    return row[first], column[first]
+    spots = to_pixel(x + 1j * y)
+    return tuple(spots[:, np.argmax(lung[*spots] > 0.9)])
 
 
 def _disease(rng, noise, body, x, y, at, grade, to_pixel):
@@ -445,22 +397,14 @@ def _expose(rng, noise, depth, place):
     return image.round().astype(np.uint8)
 
 
-def _box(region):
-    """Smallest (x, y, width, height) in pixels around the True pixels."""
-    left, top, right, bottom = Image.fromarray(region).getbbox()
-    return left, top, right - left, bottom - top
-
-
 def draw_phantom(seed, index, size=128, site="a"):
     """One chest X-ray phantom with its labels, drawn from (seed, index, site) alone.
 
     Args:
-        seed, index: non-negative integers.
+        seed, index: non-negative integers; site: a key of PHANTOM_SITES.
         size: edge S of the image in pixels; fine findings need 64 or more.
-        site: a key of PHANTOM_SITES.
     Returns: dict: `image` (S, S) uint8; `mask` (S, S) uint8, 1 in the pneumothorax; `findings`
-        name -> 0 or 1, `No Finding` included; `boxes` list of (finding, x, y, width, height) in
-        pixels; `patient` str.
+        name -> 0 or 1; `boxes` [(finding, x, y, width, height)] in pixels; `patient` str.
     """
     place, (patient, body, severity, rng) = PHANTOM_SITES[site], phantom_case(seed, index, site)
     # A stream of its own for the grain: the rest is the same at every `size`.
@@ -472,7 +416,10 @@ def draw_phantom(seed, index, size=128, site="a"):
     lung, extra, vessels, regions = _disease(rng, noise, body, x, y, at, grade, to_pixel)
     depth = at["soft"] * (1 - 0.58 * lung) + at["solid"] + tree * vessels * (0.15 + lung) + extra
     image = _expose(rng, noise, np.maximum(depth, 0) * _outline(x, y, body), place)
-    boxes = [(name, *_box(regions[name])) for name in grade if regions[name].any()]
+    edges = {f: Image.fromarray(regions[f]).getbbox() for f in grade if regions[f].any()}
+    boxes = [
+        (f, left, top, right - left, end - top) for f, (left, top, right, end) in edges.items()
+    ]
     mask = regions.get("Pneumothorax", np.zeros((size, size))).astype(np.uint8)
     findings = phantom_findings(severity)
     return dict(image=image, mask=mask, findings=findings, boxes=boxes, patient=patient)
@@ -486,37 +433,26 @@ BY_PATIENT = {"train": 0.7, "val": 0.1, "test": 0.2}
 BY_IMAGE = {"train": 0.7, "val": 0.15, "test": 0.15}
 CARVED = {"val": 0.1, "train": 0.9}
 EDGES = ["x", "y", "width", "height"]
+BOX = ["image", "finding", *EDGES]  # x, y is the upper left corner
 
 
 @dataclass
 class Listing:
     """What a dataset importer hands over: every image with its labels, before one is read.
 
-    Attributes:
-        table: `image`, a 0/1 or blank column a finding, and `patient` and `split` where they are
-            known; `split_table` adds what is not, and `rule`, a sentence on the split.
-        findings: names of the finding columns, in order.
-        lists: label files, to be hashed.
-        rejected: (image, reason) pairs known so far.
-        boxes: `image, finding, x, y, width, height` in source pixels, or None.
-        masks: None, or one a row: path, tuple of RLE texts, or None.
-        sources: iterable of (row, source): what `read_xray` takes, (H, W) uint8, or a dict of
-            arguments for `draw_phantom`.
-        allow_missing: missing images are listed instead of refused.
-        size: S, unless another is asked for.
-        groups: for meta.json, group -> findings.
+    `split_table` completes the columns `patient` and `split`; `rule` says how, in words.
     """
 
-    table: pd.DataFrame
-    findings: list
-    lists: list = field(default_factory=list)
-    rejected: list = field(default_factory=list)
-    boxes: pd.DataFrame | None = None
-    masks: list | None = None
-    sources: object = ()
-    allow_missing: bool = True
-    size: int = 256
-    groups: dict | None = None
+    table: pd.DataFrame  # image, perhaps patient and split, a column of 0, 1 or blank a finding
+    findings: list  # names of the finding columns, in order
+    lists: list = field(default_factory=list)  # label files, to be hashed
+    rejected: list = field(default_factory=list)  # (image, reason) pairs known so far
+    allow_missing: bool = True  # missing images are listed instead of refused
+    boxes: pd.DataFrame | None = None  # columns BOX, in source pixels
+    masks: list | None = None  # one a row: path, tuple of RLE texts, or None
+    sources: object = ()  # pairs of row and file, stream, (H, W) uint8 or draw_phantom's arguments
+    size: int = 256  # S, unless another is asked for
+    extra: dict = field(default_factory=dict)  # for meta.json
 
     def __post_init__(self):
         self.table, self.rule = split_table(self.table)
@@ -525,12 +461,11 @@ class Listing:
 
     def attach(self, files, keys=None):
         """Gives every image its file, by its name or `keys`; rejects the others; returns self."""
-        names = self.table["image"].tolist()
-        keys = keys or names
+        keys = pd.Series(keys or self.table["image"])
+        self.sources = [(row, files[key]) for row, key in keys.items() if key in files]
         spare = files.keys() - set(keys)
-        self.sources = [(row, files[key]) for row, key in enumerate(keys) if key in files]
         self.rejected += [(name, "no row in the table") for name in files if name in spare]
-        self.refuse_missing([n for n, key in zip(names, keys, strict=True) if key not in files])
+        self.refuse_missing(self.table["image"][~keys.isin(files)].tolist())
         return self
 
     def refuse_missing(self, names):
@@ -546,21 +481,16 @@ def split_table(table):
     Without a patient every image is its own; without a split it is drawn; without validation
     images a tenth of the training patients become it.
 
-    Args:
-        table: `image`, perhaps `patient` and `split`.
+    Args: table: `image`, perhaps `patient` and `split`.
     Returns: (table, rule): the completed copy, and how it is split in words.
-    Raises: PrepError if an image is blank or twice there, a split unknown, or a patient blank or
-        in two splits.
+    Raises: PrepError on a blank, an image twice, an unknown split, or a patient in two splits.
     """
-    unit = "patient" if "patient" in table else "image"
-    table = table.assign(patient=table[unit])
+    unit, shares = ("patient", BY_PATIENT) if "patient" in table else ("image", BY_IMAGE)
+    table, rule = table.assign(patient=table[unit]), "as given"
     if "split" not in table:
-        shares = BY_PATIENT if unit == "patient" else BY_IMAGE
         rule = f"{shares} by {unit}, by SHA-256 of the id"
         table["split"] = [hash_split(p, shares) for p in table["patient"]]
-    elif "val" in set(table["split"]):
-        rule = "as given"
-    else:
+    elif "val" not in set(table["split"]):
         rule = "test set as given; validation: a tenth of the other patients, by SHA-256 of the id"
         drawn = [hash_split(p, CARVED) for p in table["patient"]]
         table["split"] = table["split"].mask(table["split"] == "train", drawn)
@@ -580,8 +510,7 @@ def hash_split(key, shares=BY_PATIENT):
     Returns: a key of `shares`; the same on every machine.
     """
     place = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 16**8
-    ends = np.cumsum([*shares.values()])
-    return [*shares][np.searchsorted(ends, place, side="right")]
+    return [*shares][np.searchsorted(np.cumsum([*shares.values()]), place, side="right")]
 
 
 @contextlib.contextmanager
@@ -598,7 +527,8 @@ def read_table(path, columns, numeric=()):
     """A CSV (UTF-8, perhaps with a byte-order mark) as stripped strings, "" where there is nothing.
 
     Args:
-        path: file; columns: names that must be there; numeric: those read as floats, NaN for "".
+        path: file; columns: names that must be there; a dict names them anew and drops the others.
+        numeric: columns, by their new names, that are read as floats, NaN for "".
     Raises: PrepError if it is no CSV, lacks a column, or a number is none.
     """
     options = dict(dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
@@ -606,8 +536,10 @@ def read_table(path, columns, numeric=()):
     with reading(path), warnings.catch_warnings(action="error"):
         table = pd.read_csv(path, **options).fillna("").rename(columns=str.strip)
         table = table.apply(lambda column: column.str.strip())
-        found = f"expected the columns {columns}, found {list(table)[:20]}"
+        found = f"expected the columns {[*columns]}, found {list(table)[:20]}"
         require(set(columns) <= set(table), found)
+        if isinstance(columns, dict):
+            table = table[[*columns]].rename(columns=columns)
         return table.assign(**{c: table[c].replace("", "nan").astype(float) for c in numeric})
 
 
@@ -625,8 +557,7 @@ def rle_decode(text, rows, columns):
             numbered down the columns, left to right.
         rows, columns: size of the picture.
     Returns: (rows, columns) bool.
-    Raises: ValueError on an odd count, no integer, a negative gap, an empty run, or a run that
-        leaves the picture.
+    Raises: ValueError on no pairs of integers, or a run that is empty or leaves the picture.
     """
     values, flat, at = [int(v) for v in text.split()], np.zeros(rows * columns, bool), 0
     for gap, length in zip(values[::2], values[1::2], strict=True):
@@ -640,7 +571,8 @@ def rle_decode(text, rows, columns):
 # ================================================================================================
 # 4. The prepared folder
 # ================================================================================================
-HEADER, BATCH = 128, 64  # bytes before the pixels of a .npy file; images written at a time
+# Bytes before the pixels of a .npy file; images written at a time, and given to a worker at a time.
+HEADER, BATCH, CHUNK = 128, 64, 4
 
 
 def file_digest(path, kind="sha256"):
@@ -660,9 +592,8 @@ def remove_prepared(folder):
 def refuse_changed(old, new, folder):
     """Raises PrepError naming the first option in which two plans differ."""
     for key, value in new.items():
-        change = f"{key} {old.get(key)}, now asked: {value}"
-        same = old.get(key) == value
-        require(same, f"{folder} was made with {change}; give --overwrite or another --out")
+        change = f"{key} {old.get(key)}, now asked: {value}; give --overwrite or another --out"
+        require(old.get(key) == value, f"{folder} was made with {change}")
 
 
 def prepare_picture(task, size):
@@ -673,6 +604,7 @@ def prepare_picture(task, size):
         blank without a mask, none at all for a rejected picture.
     """
     (row, source, mask), note, stage = task, {"row": task[0]}, ""
+    shrunk = np.zeros((size, size), np.uint8)
     try:
         if isinstance(source, dict):
             drawn = draw_phantom(size=size, **source)
@@ -685,15 +617,13 @@ def prepare_picture(task, size):
         elif isinstance(mask, tuple):
             parts = [rle_decode(text, *source.shape) for text in mask]
             mask = np.any([np.zeros(source.shape, bool), *parts], axis=0)
-        if mask is None:
-            mask = np.zeros((size, size), np.uint8)
-        else:  # of 0/1 or 0/255
-            mask = resize_xray(np.uint8(255) * (mask > mask.max() / 2), size) // 128
+        if mask is not None:  # of 0/1 or 0/255
+            shrunk = resize_xray(np.uint8(255) * (mask > mask.max() / 2), size) // 128
     except ValueError as e:
         return {"row": row, "reason": stage + one_line(e)}, b"", b""
     note["sha256"] = hashlib.sha256(picture.tobytes()).hexdigest()
     note["height"], note["width"] = source.shape
-    return note, picture.tobytes(), mask.tobytes()
+    return note, picture.tobytes(), shrunk.tobytes()
 
 
 def _start_worker():
@@ -702,13 +632,13 @@ def _start_worker():
     threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
 
-def in_batches(work, tasks, workers):
-    """Lists of work(task), in the order of the tasks, which are read one batch ahead."""
+def _in_batches(tasks, size, workers):
+    """Lists of prepared pictures, in the order of the tasks, which are read one batch ahead."""
     # Forking is quicker by a second, and not safe beside torch's threads.
     context = get_context("spawn" if "torch" in sys.modules else None)
-    tasks, running = iter(tasks), []
+    tasks, work, running = iter(tasks), functools.partial(prepare_picture, size=size), ()
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        apply = map if workers == 1 else pool.map
+        apply = map if workers == 1 else functools.partial(pool.map, chunksize=CHUNK)
         while batch := list(itertools.islice(tasks, BATCH)):
             running, finished = apply(work, batch), running
             yield list(finished)
@@ -720,11 +650,10 @@ def _resume(journal, arrays, plan, size):
     journal.seek(0)
     lines = [line for line in journal if line.endswith(b"\n")]  # the last may be torn
     journal.truncate(sum(map(len, lines)))
-    if not lines:
-        lines = [json.dumps(plan).encode() + b"\n"]
-        journal.write(lines[0])
-    first, *notes = map(json.loads, lines)
+    first, *notes = map(json.loads, lines or [json.dumps(plan)])
     refuse_changed(first, plan, Path(journal.name).parent)
+    if not lines:
+        journal.write(json.dumps(plan).encode() + b"\n")
     end = HEADER + sum("reason" not in note for note in notes) * size**2
     for array in arrays:
         array.truncate(end)
@@ -735,47 +664,48 @@ def write_prepared(listing, out, options, size=None, workers=1):
     """Prepares a listing into the folder `out`; goes on where an earlier run was stopped.
 
     Args:
-        listing: `Listing`.
-        out: folder to make; its last part is the name of the set.
+        listing: `Listing`; out: folder to make; its last part is the name of the set.
         options: dict of plain values, `command` among them, for meta.json.
-        size: S; None takes that of the listing.
-        workers: processes.
+        size: S; None takes that of the listing; workers: processes.
     Raises: PrepError.
     """
     out, folder, size = Path(out), Path(f"{out}.partial"), size or listing.size
-    total, masks = len(listing.table), listing.masks
+    total, masks = len(listing.table), listing.masks or None
     listed = repr((listing.table.to_csv(), masks)).encode()
     plan = options | {"list": hashlib.sha256(listed).hexdigest()}
-    names = ["images.npy", "masks.npy"] if masks else ["images.npy"]
+    names = ["progress.jsonl", "images.npy", *["masks.npy"] * bool(masks)]
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        files = [folder / name for name in ("progress.jsonl", *names)]
-        journal, *arrays = [stack.enter_context(open(file, "a+b")) for file in files]
+        journal, *arrays = [stack.enter_context(open(folder / name, "a+b")) for name in names]
         notes = _resume(journal, arrays, plan, size)
         done = {note["row"] for note in notes}
-        sources = (pair for pair in listing.sources if pair[0] not in done)
-        tasks = ((row, source, masks[row] if masks else None) for row, source in sources)
+        tasks = ((k, source, masks and masks[k]) for k, source in listing.sources if k not in done)
         bar = stack.enter_context(tqdm(total=total, initial=len(notes), disable=None))
-        for results in in_batches(functools.partial(prepare_picture, size=size), tasks, workers):
-            for k, array in enumerate(arrays, 1):  # pixels first: no note lacks its own
-                array.write(b"".join(result[k] for result in results))
-                os.fsync(array.flush() or array.fileno())
-            journal.write("".join(json.dumps(result[0]) + "\n" for result in results).encode())
+        for batch in filter(None, _in_batches(tasks, size, workers)):
+            new, *pixels = zip(*batch, strict=True)
+            for array, parts in zip(arrays, pixels, strict=False):
+                array.write(b"".join(parts))
+                os.fsync(array.flush() or array.fileno())  # before the notes on these pixels
+            journal.write("".join(json.dumps(note) + "\n" for note in new).encode())
             journal.flush()
-            notes += [result[0] for result in results]
-            bar.update(len(results))
-            if bar.disable and len(notes) % 1000 < len(results):
+            notes += new
+            bar.update(len(new))
+            if bar.disable and len(notes) % 1000 < len(new):
                 print(f"{out}: {len(notes):,} of {total:,}", flush=True)
     if all("reason" in note for note in notes):  # nothing to go on from
         remove_prepared(folder)
-    tables, meta = _tables(listing, notes, size)
-    for name in names:
+    tables = _tables(listing, notes, size)
+    labels, rejected = tables["labels.csv"], len(tables["rejected.csv"])
+    for name in names[1:]:
         with open(folder / name, "r+b") as f:
-            about = dict(descr="|u1", fortran_order=False, shape=(meta["images"], size, size))
+            about = dict(descr="|u1", fortran_order=False, shape=(len(labels), size, size))
             np.lib.format.write_array_header_1_0(f, about)  # HEADER bytes
     for name, table in tables.items():
         table.to_csv(folder / name, index=False, lineterminator="\n")
-    meta = {"format": 1, "name": out.name, "size": size} | meta | {"options": options}
+    counts = {split: int((labels["split"] == split).sum()) for split in SPLITS}
+    meta = {"format": 1, "name": out.name, "size": size, "images": len(labels)}
+    meta |= {"findings": listing.findings, "counts": counts, "rejected": rejected}
+    meta |= {"split_rule": listing.rule} | listing.extra | {"options": options}
     meta["sources"] = {Path(path).name: file_digest(path) for path in listing.lists}
     meta["images_sha256"] = file_digest(folder / "images.npy")
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -783,43 +713,37 @@ def write_prepared(listing, out, options, size=None, workers=1):
         remove_prepared(out)
     os.replace(folder, out)
     (out / "progress.jsonl").unlink()
-    print(f"{out.name}: {meta['counts']}; {meta['rejected']:,} left out (rejected.csv)")
+    print(f"{out.name}: {counts}; {rejected:,} left out (rejected.csv)")
 
 
 def _tables(listing, notes, size):
-    """The tables of a finished run by file name, and what meta.json says of them."""
-    notes = pd.DataFrame(notes, columns=["row", "reason", "sha256", "height", "width", "boxes"])
-    missing = listing.table["image"].drop(notes["row"]).tolist()
+    """The tables of a finished run by file name."""
+    image, boxes = listing.table["image"], listing.boxes
+    missing = image.drop([note["row"] for note in notes]).tolist()
     listing.refuse_missing(missing)
-    notes, boxes = notes.join(listing.table, on="row"), listing.boxes
-    bad, good = notes[notes["reason"].notna()], notes[notes["reason"].isna()]
-    good = good.astype({"height": int, "width": int})
-    rejected = listing.rejected + bad[["image", "reason"]].values.tolist()
-    rejected += [(name, "file not found") for name in missing]
-    require(len(good), f"none of {len(listing.table)} images could be read; first: {rejected[:1]}")
+    bad = [(image[note["row"]], note["reason"]) for note in notes if "reason" in note]
+    rejected = [*listing.rejected, *bad, *((name, "file not found") for name in missing)]
+    good = [note for note in notes if "reason" not in note]
+    require(good, f"none of {len(image)} images could be read; first: {rejected[:1]}")
+    good = pd.DataFrame(good).join(listing.table, on="row")
+    if "boxes" in good:  # drawn: boxes come with the pictures
+        drawn = good[["image", "boxes"]].to_numpy()
+        boxes = pd.DataFrame([(name, *box) for name, found in drawn for box in found], columns=BOX)
     columns = ["image", "patient", "split", *listing.findings, *["has_mask"] * bool(listing.masks)]
-    labels, hashes = good[columns], good[["image", "sha256", "height", "width"]]
-    if good["boxes"].notna().any():  # drawn: boxes come with the pictures
-        drawn = zip(good["image"], good["boxes"], strict=True)
-        drawn = [(name, *box) for name, found in drawn for box in found]
-        boxes = pd.DataFrame(drawn, columns=["image", "finding", *EDGES])
-    tables = {"labels.csv": labels, "hashes.csv": hashes}
+    tables = {"labels.csv": good[columns]}
+    tables["hashes.csv"] = good[["image", "sha256", "height", "width"]]
     tables["rejected.csv"] = pd.DataFrame(rejected, columns=["image", "reason"])
     if boxes is not None:
-        tables["boxes.csv"] = scale_boxes(boxes, hashes, size)
-    counts = {split: int((labels["split"] == split).sum()) for split in SPLITS}
-    meta = {"images": len(labels), "findings": listing.findings, "counts": counts}
-    meta |= {"rejected": len(rejected), "split_rule": listing.rule}
-    return tables, meta | ({"groups": listing.groups} if listing.groups else {})
+        tables["boxes.csv"] = scale_boxes(boxes, tables["hashes.csv"], size)
+    return tables
 
 
 def scale_boxes(boxes, sizes, size):
     """Boxes in source pixels -> prepared pixels, clipped to the picture.
 
     Args:
-        boxes: `image, finding, x, y, width, height`; x, y is the upper left corner.
+        boxes: the columns BOX; size: S.
         sizes: `image, height, width` of the sources; boxes of other images are dropped.
-        size: S.
     Returns: the boxes with an area inside the picture.
     """
     boxes = boxes.merge(sizes, on="image", suffixes=("", " of source"))
@@ -828,21 +752,18 @@ def scale_boxes(boxes, sizes, size):
         end = ((boxes[start] + boxes[extent]) * scale).clip(0, size)
         boxes[start] = (boxes[start] * scale).clip(0, size).round(3)
         boxes[extent] = (end - boxes[start]).round(3)
-    return boxes.loc[(boxes[["width", "height"]] > 0).all(axis=1), ["image", "finding", *EDGES]]
+    return boxes.loc[(boxes[["width", "height"]] > 0).all(axis=1), BOX]
 
 
 # ================================================================================================
 # 5. The datasets
 # ================================================================================================
-NIH_FINDINGS = (
-    "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax "
-    "Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia"
-).split()  # in the order of ChestMNIST's label columns
-VINBIG_FINDINGS = (
-    "Aortic enlargement,Atelectasis,Calcification,Cardiomegaly,Consolidation,ILD,Infiltration,"
-    "Lung Opacity,Nodule/Mass,Other lesion,Pleural effusion,Pleural thickening,Pneumothorax,"
-    "Pulmonary fibrosis"
-).split(",")
+# In the order of ChestMNIST's label columns.
+NIH_FINDINGS = """Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax
+Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia""".split()
+VINBIG_FINDINGS = """Aortic enlargement,Atelectasis,Calcification,Cardiomegaly,Consolidation,ILD,
+Infiltration,Lung Opacity,Nodule/Mass,Other lesion,Pleural effusion,Pleural thickening,Pneumothorax,
+Pulmonary fibrosis""".replace("\n", "").split(",")
 
 
 def list_demo(site="a", count=4000, seed=0):
@@ -852,9 +773,9 @@ def list_demo(site="a", count=4000, seed=0):
     table = pd.DataFrame([phantom_findings(severity) for _, _, severity, _ in cases])
     table["image"] = [f"phantom-{site}-{k:05d}" for k in range(count)]
     table["patient"] = [patient for patient, *_ in cases]
-    groups = {"coarse": PHANTOM_COARSE, "fine": PHANTOM_FINE}
+    extra = {"groups": {"coarse": PHANTOM_COARSE, "fine": PHANTOM_FINE}}
     findings, masks = [*PHANTOM_FINDINGS, "No Finding"], ["drawn"] * count
-    return Listing(table, findings, masks=masks, sources=enumerate(sources), groups=groups)
+    return Listing(table, findings, masks=masks, sources=enumerate(sources), extra=extra)
 
 
 def list_folder(raw, csv=None):
@@ -874,11 +795,9 @@ def list_folder(raw, csv=None):
         lists = [Path(raw, csv) if Path(raw, csv).is_file() else Path(csv)]
         table = read_table(lists[0], ["image"]).drop_duplicates(ignore_index=True)
     masks = table.pop("mask") if "mask" in table else []
-    values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": pd.NA}
     others = [c for c in table if c not in ("image", "patient", "split", "has_mask")]
-    findings = [c for c in others if {""} != set(table[c]) <= set(values)]
-    for name in findings:
-        table[name] = table[name].map(values).astype("Int64")
+    findings = [c for c in others if {""} != set(table[c]) <= {"0", "1", "0.0", "1.0", ""}]
+    table[findings] = table[findings].replace({"0.0": "0", "1.0": "1"})
     ignored = [c for c in others if c not in findings]
     print(f"ignored columns, not 0/1/blank: {', '.join(ignored) or 'none'}")
     # A mask that is not there gets the path "", and is rejected when it is read.
@@ -892,18 +811,16 @@ def list_nih(raw, allow_missing=False):
 
     Args:
         raw: folder with either edition of `Data_Entry_2017*.csv`, `train_val_list.txt`,
-            `test_list.txt`, optionally `BBox_List_2017.csv`, and PNGs at any depth or
-            `images_*.tar.gz`.
+            `test_list.txt`, perhaps `BBox_List_2017.csv`, and PNGs at any depth or archives.
         allow_missing: list missing images instead of refusing.
     Returns: `Listing`, 14 findings ("No Finding" is the absence of all).
-    Raises: PrepError on an unknown finding, a name or patient that is none, or an image in both
-        lists.
+    Raises: PrepError on an unknown finding, an odd name or patient, or an image in both lists.
     """
-    raw, columns = Path(raw), ["Image Index", "Finding Labels", "Patient ID"]
+    raw = Path(raw)
     entries = [raw / "Data_Entry_2017_v2020.csv", *sorted(raw.glob("Data_Entry_2017*.csv"))][-1]
     lists = [entries, raw / "train_val_list.txt", raw / "test_list.txt"]
-    table = read_table(entries, columns)[columns].drop_duplicates(ignore_index=True)
-    table.columns = ["image", "labels", "patient"]
+    columns = {"Image Index": "image", "Finding Labels": "labels", "Patient ID": "patient"}
+    table = read_table(entries, columns).drop_duplicates(ignore_index=True)
     sets = [set(labels.split("|")) for labels in table.pop("labels")]
     for name, patient, found in zip(table["image"], table["patient"], sets, strict=True):
         fits = re.fullmatch(r"[0-9]{8}_[0-9]{3}\.png", name) and name[:8] == patient.zfill(8)
@@ -916,13 +833,11 @@ def list_nih(raw, allow_missing=False):
     require(not both, f"{both[:1]} is in both {lists[1]} and {lists[2]}")
     table["split"] = table["image"].map(dict.fromkeys(train, "train") | dict.fromkeys(test, "test"))
     lost = [(name, "in neither official list") for name in table["image"][table["split"].isna()]]
-    listing = Listing(table.dropna(ignore_index=True), NIH_FINDINGS, lists, lost)
-    listing.allow_missing = allow_missing
+    listing = Listing(table.dropna(ignore_index=True), NIH_FINDINGS, lists, lost, allow_missing)
     if (raw / "BBox_List_2017.csv").is_file():
         lists.append(raw / "BBox_List_2017.csv")
-        names = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]"]
-        boxes = read_table(lists[-1], names, names[2:])[names].replace("Infiltrate", "Infiltration")
-        listing.boxes = boxes.set_axis(["image", "finding", *EDGES], axis=1)
+        names = dict(zip("Image Index,Finding Label,Bbox [x,y,w,h]".split(","), BOX, strict=True))
+        listing.boxes = read_table(lists[-1], names, EDGES).replace("Infiltrate", "Infiltration")
     files, archives = index_files(raw, [".png"], lambda p: p.name), [*raw.glob("images_*.tar.gz")]
     if files or not archives:
         return listing.attach(files)
@@ -948,15 +863,13 @@ def _read_archives(archives, names, rejected):
 def list_chestmnist(raw):
     """ChestMNIST, NIH images at 28 to 224 px; --raw is the .npz.
 
-    Args:
-        raw: the .npz file as published.
+    Args: raw: the .npz file as published.
     Returns: `Listing` that streams the pictures; without patient ids every image is its own. The
         split is not NIH's: its training part holds official NIH test images.
     """
     with reading(raw), np.load(raw) as arrays:
-        labels = {split: arrays[f"{split}_labels"].astype(int) for split in SPLITS}
-        tables = [pd.DataFrame(rows, columns=NIH_FINDINGS) for rows in labels.values()]
-        table = pd.concat(tables, keys=SPLITS, names=["split", "image"]).reset_index()
+        tables = [pd.DataFrame(arrays[f"{s}_labels"], columns=NIH_FINDINGS) for s in SPLITS]
+        table = pd.concat(tables, keys=SPLITS, names=["split", "image"]).astype(int).reset_index()
         require(table[NIH_FINDINGS].isin([0, 1]).all(axis=None), "labels other than 0 and 1")
     table["image"] = table["split"] + table["image"].map("-{:05d}".format)
     size, pictures = len(next(_read_npz(raw))), enumerate(_read_npz(raw))
@@ -982,22 +895,20 @@ def _read_npz(npz):
 def list_rsna(raw, allow_missing=False):
     """RSNA pneumonia 2018, boxes: `stage_2_train_labels.csv`, `stage_2_train_images/*.dcm`."""
     csv = Path(raw, "stage_2_train_labels.csv")
-    rows = read_table(csv, ["patientId", *EDGES, "Target"], EDGES).drop_duplicates()
+    names = {"patientId": "image", **dict(zip(EDGES, EDGES, strict=True)), "Target": "Pneumonia"}
+    rows = read_table(csv, names, EDGES).drop_duplicates().assign(finding="Pneumonia")
     edges = rows[EDGES].notna().sum(axis=1)
-    fits = (rows["Target"] == edges.map({0: "0", 4: "1"})).all()
+    fits = (rows["Pneumonia"] == edges.map({0: "0", 4: "1"})).all()
     require(fits, f"{csv}: expected a box in every row of Target 1 and in none of Target 0")
-    rows = rows.rename(columns={"patientId": "image"}).assign(finding="Pneumonia")
-    rows["Pneumonia"] = rows["Target"].astype(int)
     table = rows[["image", "Pneumonia"]].drop_duplicates(ignore_index=True)
-    boxes = rows.loc[edges == 4, ["image", "finding", *EDGES]]
+    table, boxes = table.astype({"Pneumonia": int}), rows.loc[edges == 4, BOX]
     listing = Listing(table, ["Pneumonia"], [csv], boxes=boxes, allow_missing=allow_missing)
     return listing.attach(index_files(Path(raw, "stage_2_train_images"), DICOMS))
 
 
 def list_siim(raw, allow_missing=False):
     """SIIM-ACR pneumothorax 2019, masks: table of RLE, a row a region, and DICOMs at any depth."""
-    csv = Path(raw, "stage_2_train.csv")
-    csv = csv if csv.is_file() else Path(raw, "train-rle.csv")
+    csv = [Path(raw, "train-rle.csv"), *Path(raw).glob("stage_2_train.csv")][-1]
     rows = read_table(csv, ["ImageId", "EncodedPixels"]).drop_duplicates()
     texts = rows.groupby("ImageId", sort=False)["EncodedPixels"].agg(tuple)
     odd = [name for name, t in texts.items() if "" in t or ("-1" in t and len(t) > 1)]
@@ -1013,14 +924,14 @@ def vinbig_labels(csv, boxes_csv=None, readers="majority"):
 
     Args:
         csv: Kaggle's `train.csv`, a row a reader and box; or PhysioNet's `image_labels_*.csv`, a
-            row a reader, a column a finding.
-        boxes_csv: PhysioNet's `annotations_*.csv`; None for Kaggle.
+            row a reader, a column a finding, with its `annotations_*.csv` as `boxes_csv`.
         readers: a finding is present if `any` reader, or the `majority` of them, saw it.
-    Returns: (table, boxes): `image` and the findings; the boxes of all readers, of the findings
-        that are present.
+    Returns: (table, boxes): `image` and the findings; all boxes of the findings that are present.
     """
-    corners, other = ["x_min", "y_min", "x_max", "y_max"], {"Other disease": "Other diseases"}
-    boxes = read_table(boxes_csv or csv, ["image_id", "class_name", *corners], corners)
+    other = {"Other disease": "Other diseases"}
+    names = dict(zip("image_id class_name x_min y_min x_max y_max".split(), BOX, strict=True))
+    boxes = read_table(boxes_csv or csv, names, EDGES).replace({"finding": other})
+    boxes[["width", "height"]] -= boxes[["x", "y"]].to_numpy()
     rows = read_table(csv, ["image_id"] if boxes_csv else ["rad_id"]).rename(columns=other)
     findings = [c for c in rows if c.lower() not in ("image_id", "rad_id", "no finding")]
     if boxes_csv is None:
@@ -1033,21 +944,16 @@ def vinbig_labels(csv, boxes_csv=None, readers="majority"):
     require(valid, f"{csv}: expected 0 or 1 in every finding")
     share = rows[findings].astype(float).groupby(rows["image_id"], sort=False).mean()
     present = share > (0.5 if readers == "majority" else 0)
-    boxes = boxes.rename(columns={"image_id": "image", "x_min": "x", "y_min": "y"})
-    boxes["finding"] = boxes["class_name"].replace(other)
-    boxes["width"], boxes["height"] = boxes["x_max"] - boxes["x"], boxes["y_max"] - boxes["y"]
     kept = present.stack()
-    seen = pd.MultiIndex.from_frame(boxes[["image", "finding"]]).isin(kept.index[kept])
-    table, boxes = present.astype(int), boxes.loc[seen, ["image", "finding", *EDGES]]
-    return table.rename_axis(index="image", columns=None).reset_index(), boxes
+    kept = pd.MultiIndex.from_frame(boxes[["image", "finding"]]).isin(kept.index[kept])
+    table = present.astype(int).rename_axis(index="image", columns=None).reset_index()
+    return table, boxes[kept]
 
 
 def list_vinbig(raw, readers="majority", allow_missing=False):
     """VinBigData / VinDr-CXR: Kaggle's `train.csv`, `train/*.dicom`, or PhysioNet's folders.
 
-    Args:
-        raw: folder of either.
-        readers: `any` or `majority`; allow_missing: list missing images instead of refusing.
+    Args: as for `vinbig_labels` and `list_nih`.
     Returns: `Listing`; PhysioNet's test set is kept, Kaggle's images are split by image.
     """
     files, lists = index_files(Path(raw, "train"), DICOMS), [Path(raw, "train.csv")]
@@ -1071,12 +977,11 @@ def list_vinbig(raw, readers="majority", allow_missing=False):
 # 6. Downloads
 # ================================================================================================
 NIH_URL = "https://nihcc.box.com/shared/static/{}.gz"
-NIH_ARCHIVES = """
-vfk49d74nhbxq3nqjg0900w5nvkorp5c i28rlmbvmfjbl8p2n3ril0pptcmcu9d1 f1t00wrtdk94satdfb9olcolqx20z2jp
-0aowwzs5lhjrceb3qp67ahp0rd1l1etg v5e3goj22zr6h8tzualxfsqlqaygfbsn asi7ikud9jwnkrnkj99jnpfkjdes7l6l
-jn1b4mw4n6lnh74ovmcjb8y48h8xj07n tvpxmn7qyrgl0w8wfh9kqfjskv6nmm1j upyy3ml7qdumlgk2rfcvlb9k6gvqq2pj
-l6nilvfa9cg3s28tqv1qc1olm3gnz54p hhq8fkdgvcari67vfhs7ppg2w6ni4jze ioqwiy20ihqwyr8pf4c24eazhh281pbu
-""".split()
+NIH_ARCHIVES = """vfk49d74nhbxq3nqjg0900w5nvkorp5c i28rlmbvmfjbl8p2n3ril0pptcmcu9d1
+f1t00wrtdk94satdfb9olcolqx20z2jp 0aowwzs5lhjrceb3qp67ahp0rd1l1etg v5e3goj22zr6h8tzualxfsqlqaygfbsn
+asi7ikud9jwnkrnkj99jnpfkjdes7l6l jn1b4mw4n6lnh74ovmcjb8y48h8xj07n tvpxmn7qyrgl0w8wfh9kqfjskv6nmm1j
+upyy3ml7qdumlgk2rfcvlb9k6gvqq2pj l6nilvfa9cg3s28tqv1qc1olm3gnz54p hhq8fkdgvcari67vfhs7ppg2w6ni4jze
+ioqwiy20ihqwyr8pf4c24eazhh281pbu""".split()
 # A mirror: NIH's own folder has no direct links to its lists.
 LISTS_URL = "https://huggingface.co/datasets/alkzar90/NIH-Chest-X-ray-dataset/resolve/main/data/{}"
 NIH_LISTS = "Data_Entry_2017_v2020.csv train_val_list.txt test_list.txt BBox_List_2017.csv".split()
@@ -1094,8 +999,7 @@ def download(url, path, md5=None, attempts=5):
 
     Args:
         url, path: from and to; `<path>.part` holds what has come so far.
-        md5: hex digest to check, or None: then the size the server states.
-        attempts: connections before giving up.
+        md5: hex digest to check beside the size that the server states; attempts: connections.
     Returns: path.
     Raises: PrepError.
     """
@@ -1129,9 +1033,8 @@ def download(url, path, md5=None, attempts=5):
 def fetch(command, folder, size):
     """Downloads NIH's archives and lists, or ChestMNIST at a size; what to give as --raw."""
     if command == "chestmnist":
-        published = size in {None, *CHESTMNIST_FILES}
-        require(published, f"--size {size}; published are {[*CHESTMNIST_FILES]}")
-        file, md5 = CHESTMNIST_FILES[size or 64]
+        file, md5 = CHESTMNIST_FILES.get(size or 64, ("", ""))
+        require(file, f"--size {size}; published are {[*CHESTMNIST_FILES]}")
         return download(CHESTMNIST_URL.format(file), folder / file, md5)
     for file in NIH_LISTS:
         download(LISTS_URL.format(file), folder / file)
@@ -1159,12 +1062,10 @@ KNOWN_COUNTS = {
 def verify(folder):
     """Checks a prepared folder against its own hashes and counts, and prints what is in it.
 
-    Args:
-        folder: prepared folder.
+    Args: folder: prepared folder.
     Returns: list of problems, one line each: changed bytes, wrong counts, one picture in two
         splits. Duplicates within a split and blank pictures are only printed.
-    Raises: PrepError or OSError if the folder is not a complete prepared folder, or a patient is in
-        two splits.
+    Raises: PrepError or OSError if the folder is incomplete, or a patient is in two splits.
     """
     folder, problems = Path(folder), []
     meta = json.loads((folder / "meta.json").read_text())
@@ -1273,8 +1174,7 @@ def prepare(command, out, size, workers, overwrite, download=False, **given):
 def main(argv=None):
     """The command line.
 
-    Args:
-        argv: list of str; None takes those of the process.
+    Args: argv: list of str; None takes those of the process.
     Returns: exit code: 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
     """
     try:

@@ -2681,17 +2681,24 @@ def test_members_of_an_archive_that_are_no_listed_file_are_named_and_left(tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "p.png", "raw"]
 
 
-def test_a_truncated_archive_is_refused_and_complete_it_goes_on(tmp_path, capsys):
+def test_a_truncated_archive_is_refused_and_complete_it_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dp, "BATCH", 1)  # what came before the fault is kept
     raw = raw_nih(tmp_path / "raw", archives=True)
+    prep("nih", "--raw", raw, "--out", tmp_path / "whole" / "out", "--size", 48)
     archive = raw / "images_004.tar.gz"
     whole = archive.read_bytes()
     for data in (whole[: len(whole) // 2], b"", b"<html>404</html>"):
         archive.write_bytes(data)
-        line = prep_refused(capsys, "nih", "--raw", raw, "--out", tmp_path / "out", "--size", 48)
+        line = prep_refused(
+            capsys, "nih", "--raw", raw, "--out", tmp_path / "out", "--size", 48, "--workers", 1
+        )
         assert "images_004.tar.gz: missing, damaged" in line and not (tmp_path / "out").exists()
+        journal = (tmp_path / "out.partial" / "progress.jsonl").read_text()
+        assert len(journal.splitlines()) == 1 + 2  # the plan and two pictures
     archive.write_bytes(whole)
     prep("nih", "--raw", raw, "--out", tmp_path / "out", "--size", 48)
     check_nih(tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole" / "out")
 
 
 @pytest.mark.parametrize(
@@ -2902,6 +2909,8 @@ def test_siim_rows_without_sense_are_named(tmp_path, capsys):
         write(path, *lines, row)
         line = prep_refused(capsys, *args, tmp_path / "out")
         assert row[:9] in line and "has a blank, or both -1 and a region" in line
+    write(path, *lines, "../1.2.0.1.1,-1")
+    assert "first ../1.2.0.1.1" in prep_refused(capsys, *args, tmp_path / "out")
     # A region that leaves its picture costs that image alone; a row twice costs nothing.
     write(path, "\ufeff" + lines[0], *lines[1:], lines[-1], "1.2.6.1.1,4090 7")
     prep(*args, tmp_path / "out")
@@ -3053,6 +3062,10 @@ def test_vinbig_rows_without_sense_are_refused(tmp_path, capsys):
     ):
         path.write_text(sound + row + "\n")
         assert message in prep_refused(capsys, *args), row
+    # A byte-order mark and a reader's row twice cost nothing.
+    path.write_text("\ufeff" + sound + sound.splitlines()[4] + "\n")
+    prep("vinbig", "--raw", raw, "--out", tmp_path / "sound", "--size", 32)
+    assert prepared(tmp_path / "sound")[1]["Cardiomegaly"].tolist() == [0, 0, 1, 0, 0]
     os.remove(path)
     assert "annotations_train.csv" in prep_refused(capsys, *args)
     raw = raw_physionet(tmp_path / "physionet")
@@ -3430,6 +3443,47 @@ def test_every_option_of_every_preparation_is_in_its_help(capsys):
 
 
 # ---------------------------------------------------------------- data_prep 9. load
+
+
+def many_nih(root, archives):
+    """NIH's files of twelve patients."""
+    names = [f"{k:08d}_000.png" for k in range(1, 13)]
+    rows = [(n, "Mass" if k % 2 else "No Finding", "train") for k, n in enumerate(names)]
+    return raw_nih(root, archives, rows=rows, boxes=False, size=48)
+
+
+def raw_npz(root):
+    """ChestMNIST's file in a folder; the file."""
+    raw_chestmnist(root / "chestmnist_64.npz", 64)
+    return root / "chestmnist_64.npz"
+
+
+@pytest.mark.parametrize(
+    "command,make,flags",
+    [
+        ("nih", lambda root: many_nih(root, False), []),
+        ("nih", lambda root: many_nih(root, True), []),
+        ("chestmnist", raw_npz, []),
+        ("rsna", lambda root: raw_rsna(root, n=16), []),
+        ("siim", lambda root: raw_siim(root, True, n=16), []),
+        ("siim", lambda root: raw_siim(root, False, "stage_2_train.csv", n=16), []),
+        ("vinbig", raw_vinbig, ["--readers", "any"]),
+        ("vinbig", lambda root: raw_physionet(root, n=12), []),
+        ("folder", lambda root: raw_folder(root, n=24), ["--csv", "labels.csv"]),
+    ],
+)
+def test_every_prepared_dataset_can_be_trained_on(command, make, flags, tmp_path):
+    raw, out, run = make(tmp_path / "raw"), tmp_path / "data" / command, tmp_path / "run"
+    prep(command, "--raw", raw, "--out", out, "--size", 48, *flags)
+    assert dp.main(["verify", str(out)]) == 0 or command == "vinbig"
+    size = 4 if (prepared(out)[1]["split"] == "train").sum() >= 4 else 2
+    small = ["--batch-size", size, "--epochs", 1, "--size", 32, "--embedding-dim", 8]
+    args = ["pretrain", "--data", out, "--out", run, "--device", "cpu", *small]
+    assert m.main([*map(str, args)]) == 0
+    assert (run / "encoder.pt").is_file()
+    losses = pd.read_csv(run / "metrics.csv")["loss"]
+    assert len(losses) and np.isfinite(losses).all()
+
 
 LOAD = """
 import resource, sys
