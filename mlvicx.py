@@ -191,7 +191,7 @@ class BenchConfig:
 PRESETS = {
     ("pretrain", "demo"): {"size": 64, "epochs": 4, "lr": 0.008, "trust": 1.0}
     | {"warmup_epochs": 0.5, "embedding_dim": 512, "crop_min": 0.6}
-    | {"jitter": 0.2, "blur": 0.0, "solarize": 0.0},
+    | {"jitter": 0.4, "blur": 0.0, "solarize": 0.0},
     ("classify", "demo"): {"size": 64, "epochs": 20, "patience": 5},
     ("segment", "demo"): {"size": 128, "epochs": 20, "patience": 5},
 }
@@ -397,7 +397,7 @@ def aggregate(maps, convs, resolution=64, grid=4):
     All steps are linear and act on different axes, so they commute: sum_k conv_k(P_k map_k Q_k').
     Args, Returns: as `aggregate_literal`. Needs: pool_matrix.
     """
-    # Deviation: same value and gradients as the authors' order of operations, at a lower cost.
+    # Deviation: maps are pooled before their convolutions; same value and gradients, less work.
     total = 0
     for m, conv in zip(maps, convs, strict=True):
         rows, cols = (pool_matrix(side, resolution, grid, m) for side in m.shape[2:])
@@ -418,8 +418,8 @@ class LocalProjector(nn.Module):
         self, channels=(64, 64, 128, 256, 512), embedding_dim=4096, final_bn=True, hidden=512
     ):
         super().__init__()
-        # Deviation: built here, so that they are trained; the authors' code creates them in the
-        # first forward pass, after the optimiser has been given its parameters.
+        # Deviation: the 1x1 convolutions exist before the optimiser does, so that they are trained.
+        # The authors' code creates them in the first forward pass.
         self.convs = nn.ModuleList(nn.Conv2d(c, hidden, 1) for c in channels)
         self.mlp = projector_mlp(hidden * 16, embedding_dim, final_bn)
 
@@ -527,7 +527,7 @@ def covariance_loss(z):
     Returns: scalar tensor. Raises: ValueError if B < 2 or z is not 2-D.
     Needs: _centred. Source: VICReg (arXiv:2105.04906), eq. 3 and 4.
     """
-    # Deviation: same value as the authors' D x D matrix and mask, which overflow in float16.
+    # Deviation: the smaller Gram matrix, in float32, in place of the masked D x D matrix.
     with torch.autocast(z.device.type, enabled=False):
         zc = _centred(z) / math.sqrt(len(z) - 1)
         gram = zc @ zc.T if len(zc) < zc.shape[1] else zc.T @ zc
@@ -754,8 +754,7 @@ class RandomViews:
     Needs: resize_matrix, warp, normalise. Source: authors' code (from VICReg).
     """
 
-    # Deviation: one gray channel; the authors' hue, saturation and grayscale steps change nothing
-    # on an image whose three channels are equal.
+    # Deviation: one gray channel; hue, saturation and grayscale, which change nothing, are left out.
 
     size: int
     crop_min: float = 0.08
@@ -1369,8 +1368,8 @@ def load_encoder(weights, config, seed=0):
         encoder = Encoder(config.backbone, "none")
         encoder.load_state_dict(imagenet_state(config.backbone))
         return encoder, {}
-    # Deviation: a file that does not fit is an error, never silently a random encoder, and the
-    # context-bottlenecks that were trained go along; the authors drop them downstream.
+    # Deviation: a file that does not fit is an error; context-bottlenecks go along downstream.
+    # The authors' code goes on with a random encoder, and drops the blocks.
     state = load_checkpoint(weights)
     held = f"{weights} holds {sorted(state)}, not an encoder; expected an encoder.pt"
     require({"encoder", "arch"} <= set(state), held)
@@ -1384,7 +1383,7 @@ def label_subset(data, fraction, seed=0):
 
     Subsets are nested, and the same for every method.
     """
-    # Deviation: drawn by patient; the authors draw images, so that one patient is on both sides.
+    # Deviation: label subsets are drawn by patient, not by image.
     rows = data.indices("train")
     drawn = {p: hashlib.sha256(f"{seed}:{p}".encode()).digest() for p in data.patient[rows]}
     patients = sorted(drawn, key=drawn.get)
@@ -1408,7 +1407,7 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
     Returns: weight (F, C) and bias (F,) for the features as they come.
     Source: linear evaluation protocol, solved by L-BFGS instead of the authors' AdamW.
     """
-    # Deviation: a convex problem solved to its optimum; the authors run AdamW at 3e-3.
+    # Deviation: the linear probe is solved to its optimum by L-BFGS, not by AdamW.
     mean, std = x.mean(0), x.std(0, correction=0)
     std = std.clamp(min=1e-3 * float(std.mean()) + 1e-12)
     xs, xv = (x - mean) / std, (x_val - mean) / std
@@ -1474,7 +1473,7 @@ class Segmenter(nn.Module):
     Args: frozen: the encoder stays in eval mode and without gradient, whatever `train()` says.
     """
 
-    # Deviation: frozen is frozen; in the authors' code BatchNorm statistics keep moving.
+    # Deviation: frozen is frozen, BatchNorm statistics too.
 
     def __init__(self, encoder, frozen):
         super().__init__()
@@ -1521,7 +1520,7 @@ def fit(model, images, targets, loss, score, rows, config, key):
         loss: (logits, targets) -> tensor, averaged. score: () -> validation score, to be raised.
     Source: authors' code (weight decay 0, clip 1.0, T0 = 10 doubling, floor 1e-6, patience 10).
     """
-    # Deviation: no validation or training image is dropped, and validation is never flipped.
+    # Deviation: no image is dropped, and validation images are never flipped.
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0)

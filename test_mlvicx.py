@@ -3721,7 +3721,7 @@ def test_readme_lists_exactly_the_deviations():
             tags.append(line.split("# Deviation:")[1].strip())
     readme = (HERE / "README.md").read_text()
     section = readme.split("## Differences from the authors' code")[1].split("\n## ")[0]
-    listed = re.findall(r"^- `(.+?)`", section, re.M)
+    listed = re.findall(r"^- \*\*(.+?)\*\*", section, re.M)
     assert sorted(listed) == sorted(tags) and len(tags) >= 5
 
 
