@@ -754,7 +754,7 @@ class RandomViews:
     Needs: resize_matrix, warp, normalise. Source: authors' code (from VICReg).
     """
 
-    # Deviation: one gray channel; hue, saturation and grayscale, which change nothing, are left out.
+    # Deviation: one gray channel, without hue, saturation and grayscale, which change nothing.
 
     size: int
     crop_min: float = 0.08
@@ -1187,7 +1187,7 @@ class FiniteWatch:
         """Takes the scalars of a step; looks at those of earlier steps that have arrived."""
         values = torch.stack([v.float() for v in log.values()])
         self.queue.append((step, list(log), self.reader.submit(values.tolist)))
-        self.check(wait=False)
+        self.check(wait=not values.is_cuda)
 
     def check(self, wait=True):
         """Raises UserError for the first number that is not finite."""
@@ -1312,12 +1312,15 @@ def pretrain(config):
     steps = len(rows) // batch  # an epoch leaves out a remainder, another one each time
     total, mine = config.epochs * steps, slice(rank * share, (rank + 1) * share)
     views = RandomViews(**select(config, *(f.name for f in dataclasses.fields(RandomViews))))
+    cuda, resident = device.type == "cuda", None
+    if cuda and sum(s.images.numel() for s in sets) < torch.cuda.mem_get_info(device)[0] / 2:
+        resident = torch.cat([s.images.to(device) for s in sets])
 
     def load(step):
         order = torch.randperm(len(rows), generator=generator(config.seed, "order", step // steps))
-        images = gather_images(sets, rows[order[step % steps * batch :][:batch][mine]])
+        images = gather_images(sets, rows[order[step % steps * batch :][:batch][mine]], resident)
         params = views.draw(batch, sets[0].size, generator(config.seed, "views", step))
-        images = images.pin_memory() if device.type == "cuda" else images
+        images = images.pin_memory() if cuda and resident is None else images
         return step, images, {k: v[:, mine] for k, v in params.items()}
 
     default = "-".join(s.folder.name for s in sets)
