@@ -592,8 +592,8 @@ class LARS(torch.optim.SGD):
             grads = [p.grad for p in layers]
             torch._foreach_add_(grads, layers, alpha=self.weight_decay)
             p_norm, g_norm = (torch.stack(torch._foreach_norm(v)) for v in (layers, grads))
-            ratio = self.trust * p_norm / g_norm
-            ratio = ratio.where((p_norm > 0) & (g_norm > 0), torch.ones_like(ratio))
+            usable = (p_norm > 0) & (g_norm > 0)
+            ratio = torch.where(usable, self.trust * p_norm / g_norm, 1.0)
             torch._foreach_mul_(grads, list(ratio.unbind()))
         super().step()
 
@@ -776,10 +776,8 @@ class RandomViews:
         sides = torch.stack([area * ratio, area / ratio]).sqrt().round()  # width, height
         fits = ((sides > 0) & (sides <= source)).all(0)  # (2, batch, 10)
         first = fits.float().argmax(-1)[None, ..., None]  # where none fits: 0, the whole image
-        sides = sides.where(fits, torch.tensor(float(source)))
-        width, height = sides.take_along_dim(first, -1)[..., 0]
-        chance = torch.tensor([[1.0], [0.1]]) if self.blur > 0 else torch.zeros(2, 1)
-        jittered, one = uniform(0, 1) < 0.8, torch.ones(2, batch)
+        sides = torch.where(fits, sides, float(source)).take_along_dim(first, -1)
+        (width, height), jittered = sides[..., 0], uniform(0, 1) < 0.8
         low, high = 1 - self.jitter, 1 + self.jitter
         p = {
             "top": (uniform(0, 1) * (source - height + 1)).floor(),
@@ -788,10 +786,10 @@ class RandomViews:
             "width": width,
             "flip": uniform(0, 1) < self.flip,
             "angle": uniform(-self.rotation, self.rotation),
-            "brightness": uniform(low, high).where(jittered, one),
-            "contrast": uniform(low, high).where(jittered, one),
+            "brightness": torch.where(jittered, uniform(low, high), 1.0),
+            "contrast": torch.where(jittered, uniform(low, high), 1.0),
             "brightness_first": uniform(0, 1) < 0.5,
-            "blurred": uniform(0, 1) < chance,
+            "blurred": (uniform(0, 1) < torch.tensor([[1.0], [0.1]])) & (self.blur > 0),
             "sigma": uniform(0.1, max(self.blur, 0.1)),
             "solarized": uniform(0, 1) < torch.tensor([[0.0], [self.solarize]]),
         }
@@ -808,10 +806,9 @@ class RandomViews:
         x = (rows @ x @ cols.mT).clamp_(0, 1)  # (B, S, S) -> (B, size, size)
         tones = {k: v[:, None, None] for k, v in p.items()}
         brightness, contrast = tones["brightness"], tones["contrast"]
-        one, first = torch.ones_like(brightness), tones["brightness_first"]
-        x = x.mul_(brightness.where(first, one)).clamp_(0, 1)
+        x = x.mul_(torch.where(tones["brightness_first"], brightness, 1.0)).clamp_(0, 1)
         x = torch.addcmul((1 - contrast) * x.mean((1, 2), keepdim=True), x, contrast).clamp_(0, 1)
-        x = x.mul_(one.where(first, brightness)).clamp_(0, 1)
+        x = x.mul_(torch.where(tones["brightness_first"], 1.0, brightness)).clamp_(0, 1)
         if len(blurred):
             blurred = blurred.to(x.device, non_blocking=True)
             g = blur_matrix(p["sigma"][blurred], self.size)
