@@ -58,6 +58,7 @@ except ImportError:  # Windows has no flock: two processes on one run folder go 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LEVELS = (1, 2, 3, 4, 5)
 XRAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+STOPPED = "stopped, the last good checkpoint is kept; lower --lr or use --amp off"
 
 
 class UserError(ValueError):
@@ -1103,6 +1104,7 @@ def monitor(model, sets, rows, views, config, device, epoch):
         embedded.append([z[0].float().cpu() for z in embeddings if z])
     for key in logs[0] if logs else ():
         row[f"val_{key}"] = float(torch.stack([log[key] for log in logs]).mean())
+        require(math.isfinite(row[f"val_{key}"]), f"epoch {epoch}: val_{key} diverged; {STOPPED}")
     for head, z in zip(("global", "local"), map(torch.cat, zip(*embedded)), strict=False):
         row |= {f"std_{head}": float(z.std(0).mean()), f"rank_{head}": effective_rank(z)}
     if config.knn_every and (epoch % config.knn_every == 0 or epoch == config.epochs):
@@ -1188,11 +1190,10 @@ class FiniteWatch:
 
     def check(self, wait=True):
         """Raises UserError for the first number that is not finite."""
-        kept = "stopped, the last good checkpoint is kept; lower --lr or use --amp off"
         while self.queue and (wait or self.queue[0][2].done()):
             step, names, values = self.queue.popleft()
             for name, value in zip(names, values.result(), strict=True):
-                require(math.isfinite(value), f"step {step}: {name} is {value}; {kept}")
+                require(math.isfinite(value), f"step {step}: {name} is {value}; {STOPPED}")
 
 
 class Trainer:

@@ -674,7 +674,7 @@ def test_a_change_of_settings_is_refused_and_named(place, capsys):
     assert run_pretrain() == 0
     line = refused(capsys, "pretrain", "--data", "toy", *SMALL, "--out", "runs/toy", "--lr", "9")
     assert "lr" in line and "--overwrite" in line
-    assert run_pretrain("--lr", "9", "--overwrite") == 0
+    assert run_pretrain("--lr", "0.1", "--overwrite") == 0
     (place / "mine").mkdir()
     (place / "mine" / "thesis.txt").write_text("x")
     assert "not of a run" in refused(capsys, "pretrain", "--data", "toy", *SMALL, "--out", "mine")
@@ -1047,6 +1047,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_part(place, monke
     line = refused(capsys, "pretrain", "--data", "toy", *SMALL, "--out", "runs/worse")
     assert "step 5: global_variance is nan" in line
     assert Path("runs/worse/last.pt").read_bytes() == good
+
+
+def test_weights_that_diverge_in_the_last_step_stop_the_run(place):
+    data, config = m.PreparedData("toy"), m.PretrainConfig(size=32, embedding_dim=16, batch_size=8)
+    model = m.build_model(config)
+    model.global_head.mlp[0].weight.data.fill_(math.nan)
+    with pytest.raises(m.UserError, match="val_global_invariance diverged; stopped"):
+        views, held = m.RandomViews(32), data.indices("val")
+        m.monitor(model, [data], held, views, config, torch.device("cpu"), 1)
 
 
 def test_collapse_warning_fires_on_a_constant_encoder_and_not_on_a_healthy_one(place):
