@@ -19,21 +19,23 @@ B images, C channels, H x W pixels, D embedding dimensions, K levels, S source s
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import signal
 import sys
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise, product, repeat
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ import torchvision
 from matplotlib.figure import Figure
 from sklearn.metrics import RocCurveDisplay, average_precision_score
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -312,11 +315,16 @@ class Encoder(nn.Module):
         self.context = nn.ModuleDict(blocks)
 
     def stage(self, level, x):
-        """The ResNet's own map of one level, from the map below (level 1: from the image)."""
+        """The ResNet's own map of one level, from what feeds it (level 1: the image)."""
         if level == 1:
             return F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.max_pool2d(x, 3, 2, 1) if level == 2 else x
         return getattr(self, f"layer{level - 1}")(x)
+
+    def refine(self, level, x):
+        """The refined map of one level, and what feeds the next level."""
+        refined = self.context[str(level)](x) if str(level) in self.context else x
+        x = refined if self.arch["context"] == "inline" else x
+        return refined, F.max_pool2d(x, 3, 2, 1) if level == 1 else x
 
     def forward(self, x):
         if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 32:
@@ -324,8 +332,12 @@ class Encoder(nn.Module):
         maps, x = [], x.expand(-1, 3, -1, -1)
         for level in LEVELS:
             x = self.stage(level, x)
-            maps.append(self.context[str(level)](x) if str(level) in self.context else x)
-            x = maps[-1] if self.arch["context"] == "inline" else x
+            if str(level) in self.context:  # made again in the backward pass, not kept until then
+                again = {"use_reentrant": False, "preserve_rng_state": False}
+                refined, x = checkpoint(self.refine, level, x, **again)
+            else:
+                refined, x = self.refine(level, x)
+            maps.append(refined)
         return x.mean((2, 3)), maps  # (B, C5, H, W) -> (B, C5)
 
     def backbone_state(self):
@@ -960,8 +972,22 @@ def open_run(config, default, datasets):
         yield folder
 
 
-def setup(config):
+def keep_memory():
+    """Tells glibc to keep what is freed for the next step; without glibc, nothing.
+
+    Pages that go back to the system are zeroed when they return, a quarter of a CPU step. Training
+    keeps a tenth more memory for it.
+    """
+    with contextlib.suppress(AttributeError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
+
+
+def setup(config, keep=True):
     """Device and process group of a run: (device, rank, world size)."""
+    if keep:
+        keep_memory()
     torch.set_flush_denormal(True)  # momenta that decay to denormals make a CPU ten times slower
     name, cuda = config.device, torch.cuda.is_available()
     if name == "auto":
@@ -1717,8 +1743,9 @@ def dice_metrics(counts, weights=None):
 def segment(config):
     """Segmentation with a U-Net decoder on a frozen or a fine-tuned encoder.
 
-    Loss: BCE + Dice. Epoch and threshold are chosen on the validation Dice of all images; test is
-    read once. Only images with `has_mask` are used.
+    Loss: BCE + Dice. Epoch and threshold are chosen on the pooled validation Dice (that of all
+    images is highest for blank masks, until a model is good); test is read once. Only images with
+    `has_mask` are used.
     Args: config: SegmentConfig. Returns: the dict of results.json.
     """
     device, data = setup(config)[0], open_sets(config)[0]
@@ -1744,13 +1771,16 @@ def segment(config):
                 out.append(torch.stack([mask_counts(p > t, mask) for t in thresholds]))
             return torch.cat(out, 1).numpy()
 
+        def pooled(counts):  # nothing to find and nothing found: 1
+            return np.nan_to_num(dice_metrics(counts)[2], nan=1.0)
+
         def score():
-            return dice_metrics(counts(val, 0.5)[0])[0]
+            return pooled(counts(val, 0.5)[0])
 
         key = (seed, "segment")
         fit(model, data.images, data.masks, segmentation_loss, score, rows, config, key)
         levels = np.arange(0.05, 1, 0.05)
-        threshold = levels[np.argmax([dice_metrics(c)[0] for c in counts(val, *levels)])]
+        threshold = levels[np.argmax([pooled(c) for c in counts(val, *levels)])]
         result = counts(test, threshold)[0]
         dice = 2 * result[:, 0] / np.maximum(result[:, 1:].sum(1), 1)
         order = [i for i in np.argsort(-dice, kind="stable") if result[i, 2]]
@@ -1789,8 +1819,7 @@ def gradcam(model, images, finding):
     """
     x, encoder = images.expand(-1, 3, -1, -1), model.encoder
     for level in LEVELS:
-        x = encoder.stage(level, x)
-        x = encoder.context[str(level)](x) if encoder.arch["context"] == "inline" else x
+        x = encoder.refine(level, encoder.stage(level, x))[1]
     cam = F.relu((model.fc.weight[finding][:, None, None] * x).sum(1, keepdim=True))
     cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear")[:, 0]
     return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
@@ -1905,85 +1934,119 @@ def _peak_bytes(device, reset=False):
         return math.nan
 
 
-def measure(calls, device, repeats):
-    """Least seconds and peak MB of named calls; they take turns, and the first does not count."""
-    turns = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            before, start = _peak_bytes(device, reset=True), time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - start
-            turns[name].append((seconds, (_peak_bytes(device) - before) / 1e6))
-    least = {name: np.min(rows[1:], axis=0) for name, rows in turns.items()}
-    return pd.DataFrame(least, index=["seconds", "peak_mb"]).T
-
-
 BARE, FAST, LITERAL = "two-view ResNet-18", "MLVICX, inline", "literal, float32"
+KEPT = "literal, memory kept"  # with `keep_memory`, as all but the literal form have it
+FORMS = (BARE, "MLVICX, none", "MLVICX, side", FAST, LITERAL, KEPT)
 FORWARD = ["encoder", "context-bottlenecks", "heads", "losses"]
 
 
-def bench_calls(config, device):
-    """The models; forward and backward of each, by name; the parts of a step, by name."""
-    batch, size, amp = config.batch_size, config.size, autocast(device, config.amp)
-    models = {BARE: MLVICX(context="none", local=False)}
-    models[BARE].global_head.mlp = nn.Sequential()  # no heads: the loss sees h itself
-    for context in ("none", "side", "inline"):
-        models[f"MLVICX, {context}"] = MLVICX(config.embedding_dim, context=context)
-    models = {k: v.to(device, memory_format=torch.channels_last) for k, v in models.items()}
-    if device.type == "cuda":
-        models |= {f"{name}, compiled": torch.compile(models[name]) for name in (BARE, FAST)}
-    models[LITERAL] = LiteralMLVICX(config.embedding_dim).to(device)
-    views = torch.randn(2, batch, 3, size, size, device=device)
+def build_form(name, config, device):
+    """The model of one row of the bench."""
+    if name in (LITERAL, KEPT):
+        return LiteralMLVICX(config.embedding_dim).to(device)
+    if name.startswith(BARE):
+        model = MLVICX(context="none", local=False)
+        model.global_head.mlp = nn.Sequential()  # no heads: the loss sees h itself
+    else:
+        model = MLVICX(config.embedding_dim, context=name.split(", ")[1])
+    model = model.to(device, memory_format=torch.channels_last)
+    return torch.compile(model) if name.endswith("compiled") else model
 
-    def step(name):
-        models[name].zero_grad()
-        with autocast(device, "off") if name == LITERAL else amp:
-            z = models[name](*views)
-        covariance = covariance_literal if name == LITERAL else covariance_loss
+
+def timed(call, device):
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure_form(name, config):
+    """Least seconds of forward and backward, and peak MB above the idle process, which is new."""
+    device, literal = setup(config, keep=False)[0], name in (LITERAL, KEPT)
+    torch.manual_seed(0)
+    model = build_form(name, config, device)
+    views = torch.randn(2, config.batch_size, 3, config.size, config.size, device=device)
+    covariance = covariance_literal if literal else covariance_loss
+
+    def step():
+        model.zero_grad()
+        with autocast(device, "off" if literal else config.amp):
+            z = model(*views)
         mlvicx_loss(*z, covariance=covariance)[0].backward()
 
+    idle = _peak_bytes(device, reset=True)
+    step()
+    peak = _peak_bytes(device) - idle
+    if name != LITERAL:
+        keep_memory()
+    _, *seconds = [timed(step, device) for _ in range(config.repeats + 1)]
+    return {"seconds": min(seconds), "peak_mb": peak / 1e6}
+
+
+def bench_parts(config, device):
+    """The parts of a step, as calls by name, and the parameters of the modules."""
+    batch, size, amp = config.batch_size, config.size, autocast(device, config.amp)
+    bare, model = (build_form(name, config, device) for name in (BARE, FAST))
+    views = torch.randn(2, batch, 3, size, size, device=device)
     images, rows = torch.randint(256, (16 * batch, 256, 256)).byte(), torch.randperm(16 * batch)
     theirs = {"num_workers": 2, "collate_fn": partial(torchvision_views, size=size)}
     theirs = torch.utils.data.DataLoader(images, batch, **theirs)
-    ours, model = RandomViews(size), models[FAST]
+    ours, blocks = RandomViews(size), model.encoder.context
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
     with torch.no_grad(), amp:
         encoded = [model.encoder(view) for view in views]
         z = model.embed(*encoded)
-    blocks = [*zip(model.encoder.context.values(), encoded[0][1], strict=True)] * 2
     parts = {
         "read": lambda: images[rows[:batch]],
         "views": lambda: ours(images[:batch].to(device), generator("bench")),
         "views, torchvision": lambda: list(theirs),
-        "encoder": lambda: [models[BARE].encoder(view) for view in views],
-        "context-bottlenecks": lambda: [block(x) for block, x in blocks],
+        "encoder": lambda: [bare.encoder(view) for view in views],
+        "context-bottlenecks": lambda: [
+            block(x) for _, maps in encoded for block, x in zip(blocks.values(), maps, strict=True)
+        ],
         "heads": lambda: model.embed(*encoded),
         "losses": lambda: mlvicx_loss(*z),
         "LARS": LARS(model.parameters()).step,
     }
     parts |= {name: torch.no_grad()(amp(parts[name])) for name in FORWARD}
-    return models, {name: partial(step, name) for name in models}, parts
+    modules = {"backbone": bare, "blocks": blocks}
+    modules |= {"global head": model.global_head, "local head": model.local_head}
+    return parts, {k: sum(p.numel() for p in v.parameters()) for k, v in modules.items()}
 
 
 def bench(config):
     """What each form of the model and each part of a step costs, as ratios within one run.
 
     The fast forms run as in training: channels-last, with autocast if `--amp` says so. The literal
-    form runs as it is defined: float32, the default layout, one view after the other.
+    form runs as it is defined: float32, the default layout and allocator, one view after the other.
+    Each form has a process of its own, its memory is that of the first step, before `keep_memory`;
+    the least time of several counts.
     Args: config: BenchConfig. Returns: the dict that `--out` writes as JSON.
     """
     device, *_ = setup(config)
+    forms = [*FORMS, *(f"{name}, compiled" for name in (BARE, FAST) if device.type == "cuda")]
     torch.manual_seed(0)
-    models, steps, parts = bench_calls(config, device)
-    table = measure(steps | parts, device, config.repeats)
+    parts, parameters = bench_parts(config, device)
+    apart = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(1, **apart) as pool:
+        rows = dict(zip(forms, pool.map(measure_form, forms, repeat(config)), strict=True))
+    turns = [
+        {k: timed(call, device) for k, call in parts.items()} for _ in range(config.repeats + 1)
+    ]
+    rows |= {name: {"seconds": min(turn[name] for turn in turns[1:])} for name in parts}
+    table = pd.DataFrame(rows).T
     table.loc["views, torchvision", "seconds"] /= 16  # it ran over sixteen batches
-    t, form, forward = table["seconds"], table["seconds"][[*steps]], table["seconds"][FORWARD].sum()
+    t, form, forward = table["seconds"], table["seconds"][forms], table["seconds"][FORWARD].sum()
     table.loc["backward", "seconds"] = t[FAST] - forward
     table["images_per_second"], table["over_resnet"] = config.batch_size / form, form / t[BARE]
     table["literal_over_it"] = t[LITERAL] / form
     ratios = {
         "whole step with LARS, literal / fast": (t[LITERAL] + t["LARS"]) / (t[FAST] + t["LARS"]),
+        "the same, memory kept for both": (t[KEPT] + t["LARS"]) / (t[FAST] + t["LARS"]),
+        "peak memory, fast / literal": table["peak_mb"][FAST] / table["peak_mb"][LITERAL],
         "torchvision's views / ours": t["views, torchvision"] / t["views"],
         "read + views, share of a step": (t["read"] + t["views"]) / (t[FAST] + t["LARS"]),
         "training, with blocks / without": t[FAST] / t["MLVICX, none"],
@@ -1995,17 +2058,14 @@ def bench(config):
         with FlopCounterMode(display=False) as counter:
             parts[part]()  # two views, and two operations a multiply-add
         multiply_adds[name] = counter.get_total_flops() // (4 * config.batch_size)
-    modules = {"backbone": models[BARE], "blocks": models[FAST].encoder.context}
-    modules |= {"global head": models[FAST].global_head, "local head": models[FAST].local_head}
-    count = {k: sum(p.numel() for p in module.parameters()) for k, module in modules.items()}
-    result = {"ratios": ratios, "parameters": count, "multiply_adds": multiply_adds}
+    result = {"ratios": ratios, "parameters": parameters, "multiply_adds": multiply_adds}
     print("forward and backward of each form, then the parts of a step")
     print(table.to_string(float_format="{:.4g}".format, na_rep=""))
     print(json.dumps(result, indent=1))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result |= {"config": asdict(config), "torch": torch.__version__, "device": name}
     rows = json.loads(table.to_json(orient="index", double_precision=15))
-    result |= {"steps": {name: rows.pop(name) for name in steps}, "parts": rows}
+    result |= {"steps": {name: rows.pop(name) for name in forms}, "parts": rows}
     if config.out:
         with replacing(config.out) as f:
             f.write(json.dumps(result, indent=1).encode())

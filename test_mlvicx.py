@@ -215,6 +215,25 @@ def test_inline_blocks_feed_the_next_stage_and_side_blocks_do_not():
         assert (not torch.equal(before, encoder(x)[0])) == feeds
 
 
+@pytest.mark.parametrize("context", ["inline", "side"])
+def test_blocks_that_are_made_again_in_the_backward_pass_give_the_same_gradients(
+    context, monkeypatch
+):
+    torch.manual_seed(0)
+    encoder, x = m.Encoder(context=context).double(), torch.randn(3, 3, 64, 64).double()
+
+    def gradients():
+        encoder.zero_grad()
+        h, maps = encoder(x)
+        (h.square().sum() + sum(level.square().sum() for level in maps)).backward()
+        return [p.grad.clone() for p in encoder.parameters()]
+
+    again, calls = gradients(), []
+    monkeypatch.setattr(m, "checkpoint", lambda f, *args, **_: calls.append(0) or f(*args))
+    kept = gradients()
+    assert len(calls) == 5 and all(map(torch.equal, again, kept))
+
+
 def test_side_has_blocks_only_where_they_are_trained():
     assert set(m.Encoder(context="side", levels=(2, 5)).context) == {"2", "5"}
     assert set(m.Encoder(context="inline", levels=(2, 5)).context) == set("12345")
@@ -406,6 +425,20 @@ def test_fault9_losses_are_float32_and_finite_in_half_precision(dtype):
             assert loss.dtype == torch.float32 and loss.isfinite()
     exact = m.covariance_literal(large.double())
     assert relative(m.covariance_loss(large).double(), exact) < 1e-5
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("final_bn", [True, False])
+def test_a_constant_batch_stays_finite_in_loss_and_gradients(amp, final_bn):
+    torch.manual_seed(0)
+    model = m.MLVICX(embedding_dim=8, final_bn=final_bn)
+    views = torch.full((2, 4, 3, 32, 32), 0.5)
+    with m.autocast(torch.device("cpu"), amp):
+        z = model(*views)
+    loss, parts = m.mlvicx_loss(*z)
+    loss.backward()
+    assert loss.isfinite() and all(part.isfinite() for part in parts.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 # ---------------------------------------------------------------- 8. optimiser and schedule
@@ -1479,7 +1512,7 @@ def test_bench_measures_every_variant(place):
     args = ["bench", "--size", "32", "--batch-size", "4", "--embedding-dim", "8", "--repeats", "1"]
     assert m.main([*args, "--out", "bench.json"]) == 0
     result = json.loads(Path("bench.json").read_text())
-    assert len(result["steps"]) == 5
+    assert len(result["steps"]) == 6
     assert all(row["seconds"] > 0 for row in result["steps"].values())
     assert result["parameters"]["backbone"] == 11176512
     assert set(result["parts"]) >= {"read", "views", "encoder", "context-bottlenecks", "LARS"}
@@ -3732,6 +3765,11 @@ def test_readme_lists_exactly_the_deviations():
     section = readme.split("## Differences from the authors' code")[1].split("\n## ")[0]
     listed = re.findall(r"^- \*\*(.+?)\*\*", section, re.M)
     assert sorted(listed) == sorted(tags) and len(tags) >= 5
+
+
+def test_readme_names_only_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text()))
+    assert len(named) > 30 and named <= set(globals())
 
 
 def readme_blocks(language):
