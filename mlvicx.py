@@ -467,18 +467,22 @@ class MLVICX(nn.Module):
         channels = [self.encoder.channels[k - 1] for k in levels]
         self.local_head = LocalProjector(channels, embedding_dim, final_bn) if local else None
 
-    def embed(self, *encoded):
-        """The pairs of embeddings, from what the encoder makes of each view: (h, maps)."""
-        h, maps = zip(*encoded, strict=True)
-        z_global = project(self.global_head.mlp, *h)
+    def pool(self, h, maps):
+        """What the heads take of one view: h, and the maps as one vector (None without)."""
         if self.local_head is None:
-            return z_global, None
-        pooled = (self.local_head.pool([m[k - 1] for k in self.levels]) for m in maps)
-        return z_global, project(self.local_head.mlp, *pooled)
+            return h, None
+        return h, self.local_head.pool([maps[k - 1] for k in self.levels])
+
+    def embed(self, *pooled):
+        """The pairs of embeddings, from what `pool` makes of each view."""
+        h, flat = zip(*pooled, strict=True)
+        local = None if self.local_head is None else project(self.local_head.mlp, *flat)
+        return project(self.global_head.mlp, *h), local
 
     def forward(self, view1, view2):
-        # One pass a view, not one over both: BatchNorm sees the statistics of a single view.
-        return self.embed(self.encoder(view1), self.encoder(view2))
+        # One pass a view, not one over both: BatchNorm sees the statistics of a single view. Pooled
+        # at once, the maps of the first are not kept while the second is encoded.
+        return self.embed(*[self.pool(*self.encoder(view)) for view in (view1, view2)])
 
 
 # ---------------------------------------------------------------- 7. losses
@@ -738,8 +742,8 @@ def resize_images(images, size):
 
 def normalise(x):
     """Gray (B, H, W) in [0, 1] -> (B, 3, H, W) with ImageNet's mean and standard deviation."""
-    mean, std = (x.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (x[:, None] - mean) / std
+    mean, std = (x.new_tensor(v) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((x[..., None] - mean) / std).permute(0, 3, 1, 2)  # channels-last, as encoders take it
 
 
 def warp(x, angle, scale=1.0, shift=(0.0, 0.0)):
@@ -1905,9 +1909,11 @@ def export(config):
 class LiteralMLVICX(MLVICX):
     """The model by its definition, one view after the other, for comparison."""
 
-    def embed(self, *encoded):
-        pooled = [aggregate_literal(maps, self.local_head.convs).flatten(1) for _, maps in encoded]
-        return [self.global_head(h) for h, _ in encoded], [self.local_head.mlp(x) for x in pooled]
+    def pool(self, h, maps):
+        return h, aggregate_literal(maps, self.local_head.convs).flatten(1)
+
+    def embed(self, *pooled):
+        return [self.global_head(h) for h, _ in pooled], [self.local_head.mlp(x) for _, x in pooled]
 
 
 def torchvision_views(images, size):
@@ -1967,7 +1973,8 @@ def measure_form(name, config):
     device, literal = setup(config, keep=False)[0], name in (LITERAL, KEPT)
     torch.manual_seed(0)
     model = build_form(name, config, device)
-    views = torch.randn(2, config.batch_size, 3, config.size, config.size, device=device)
+    views = torch.rand(2, config.batch_size, config.size, config.size, device=device)
+    views = [v.contiguous() if literal else v for v in map(normalise, views)]
     covariance = covariance_literal if literal else covariance_loss
 
     def step():
@@ -1998,7 +2005,7 @@ def bench_parts(config, device):
         p.grad = torch.zeros_like(p)
     with torch.no_grad(), amp:
         encoded = [model.encoder(view) for view in views]
-        z = model.embed(*encoded)
+        z = model.embed(*[model.pool(*e) for e in encoded])
     parts = {
         "read": lambda: images[rows[:batch]],
         "views": lambda: ours(images[:batch].to(device), generator("bench")),
@@ -2007,7 +2014,7 @@ def bench_parts(config, device):
         "context-bottlenecks": lambda: [
             block(x) for _, maps in encoded for block, x in zip(blocks.values(), maps, strict=True)
         ],
-        "heads": lambda: model.embed(*encoded),
+        "heads": lambda: model.embed(*[model.pool(*e) for e in encoded]),
         "losses": lambda: mlvicx_loss(*z),
         "LARS": LARS(model.parameters()).step,
     }
