@@ -44,11 +44,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import torchvision
 from matplotlib.figure import Figure
 from sklearn.metrics import RocCurveDisplay, average_precision_score
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -334,7 +334,7 @@ class Encoder(nn.Module):
             x = self.stage(level, x)
             if str(level) in self.context:  # made again in the backward pass, not kept until then
                 again = {"use_reentrant": False, "preserve_rng_state": False}
-                refined, x = checkpoint(self.refine, level, x, **again)
+                refined, x = torch.utils.checkpoint.checkpoint(self.refine, level, x, **again)
             else:
                 refined, x = self.refine(level, x)
             maps.append(refined)
