@@ -1432,6 +1432,24 @@ def test_segment_results_and_threshold_free_of_test(trained, monkeypatch):
     assert Path("runs/s1/masks.png").exists()
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_segment_chooses_by_the_pooled_dice_of_validation(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    scores, fit = [], m.fit
+
+    def spy(model, images, targets, loss, score, *rest):
+        scores.append(score())
+        fit(model, images, targets, loss, score, *rest)
+
+    values = np.array([0.9, 0.8, 0.25, 0.7, 0.6])
+    monkeypatch.setattr(m, "fit", spy)
+    monkeypatch.setattr(m, "dice_metrics", lambda *given: values)
+    evaluate("segment", "--epochs", "1", "--out", "runs/pooled")
+    values[2] = np.nan  # nothing to find and nothing found
+    evaluate("segment", "--epochs", "1", "--out", "runs/pooled2")
+    assert scores == [0.25, 1.0]
+
+
 def test_segment_without_masks_is_refused(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     if not Path("data/bare").exists():
@@ -1518,6 +1536,26 @@ def test_bench_measures_every_variant(place):
     assert result["parameters"]["backbone"] == 11176512
     assert set(result["parts"]) >= {"read", "views", "encoder", "context-bottlenecks", "LARS"}
     assert min(result["ratios"].values()) > 0 and min(result["multiply_adds"].values()) > 0
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError])  # Windows; another C library
+def test_memory_is_kept_where_glibc_is_and_elsewhere_nothing_happens(error, monkeypatch):
+    calls = []
+
+    class Library:
+        def mallopt(self, option, value):
+            calls.append((option, value))
+
+    monkeypatch.setattr(m.ctypes, "CDLL", lambda name: Library())
+    m.keep_memory()
+    assert calls == [(-4, 0), (-1, -1)]
+
+    def missing(name):
+        raise error
+
+    monkeypatch.setattr(m.ctypes, "CDLL", missing)
+    m.keep_memory()
+    assert len(calls) == 2
 
 
 def test_literal_model_of_the_bench_equals_the_fast_one():

@@ -6,6 +6,7 @@
     python notebooks/experiments.py transfer         # pre-trained without the judged set
     python notebooks/experiments.py floors           # what 16 x 16 pixels alone give: floors.json
     python notebooks/experiments.py tables           # all of it as tables: tables.md
+    python notebooks/experiments.py failures         # logs that notebook 03 diagnoses
 
 Each run is a command of mlvicx.py; what it finds goes to notebooks/results/. Several processes may
 be started together: they share the work. `real` needs data/kermany, data/shenzhen and data/nih256,
@@ -88,6 +89,14 @@ STUDIES = {
     "demo": ("demo", "", ("demo",)),
     "real": ("kermany,shenzhen,nih256", REAL, ("kermany", "shenzhen", "nih256", "lungs")),
     "transfer": ("kermany,nih256", REAL, ("shenzhen",)),
+}
+
+# Runs of notebook 03, by name of the log: images, and what differs from the demo preset.
+SMALL = "--size 32 --embedding-dim 64 --batch-size 32 --context side --lr 0.016 --knn-every 0"
+FAILURES = {
+    "gentle": (320, "--epochs 3"),
+    "strong_views": (320, "--epochs 3 --crop-min 0.02 --jitter 1 --blur 4 --solarize 1"),
+    "few_images": (64, "--epochs 40 --lr 0.02"),
 }
 
 
@@ -250,6 +259,18 @@ def floors():
         f.write(json.dumps(found, indent=1).encode())
 
 
+def failures():
+    """Writes the metrics.csv of small runs, one healthy and others not, to results/logs/."""
+    data = m.PreparedData("demo")
+    for name, (count, flags) in FAILURES.items():
+        out, kept = folder("failure", name), data.indices("train", "val")[:count]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        ids = out.with_suffix(".txt")
+        ids.write_text("\n".join(np.delete(data.names, kept)))
+        command(f"pretrain {SMALL} {flags} --exclude-ids {ids} --out {out}")
+        (RESULTS / "logs" / f"{name}.csv").write_bytes((out / "metrics.csv").read_bytes())
+
+
 def tables():
     """Writes results/tables.md: the cells of every study as tables, for the README."""
     floor, out = json.loads((RESULTS / "floors.json").read_text()), []
@@ -300,7 +321,12 @@ def dices(mask, masks):
 if __name__ == "__main__":
     os.chdir(HERE.parent)
     which, *names = sys.argv[1:] or ["nothing"]
-    actions = {"floors": floors, "tables": tables, "variants": lambda: variants(names)}
+    actions = {
+        "floors": floors,
+        "tables": tables,
+        "failures": failures,
+        "variants": lambda: variants(names),
+    }
     actions |= {study: lambda: table(which) for study in STUDIES}
     unknown = set(names) - set(REPEATED | ONCE)
     if which not in actions or unknown:
