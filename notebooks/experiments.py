@@ -13,6 +13,8 @@ be started together: they share the work. `real` needs data/kermany, data/shenzh
 prepared by `python data_prep.py folder`. A pre-training takes three to ten minutes on two cores.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -269,6 +271,24 @@ def failures():
         ids.write_text("\n".join(np.delete(data.names, kept)))
         command(f"pretrain {SMALL} {flags} --exclude-ids {ids} --out {out}")
         (RESULTS / "logs" / f"{name}.csv").write_bytes((out / "metrics.csv").read_bytes())
+
+
+def notebook_run(folder, runs):
+    """The run of notebook 03, for 04 and 05: finished, `pretrain` has nothing left to do.
+
+    Args: folder: prepared set; runs: where the run folder lies. Returns: the run folder.
+    """
+    data, quiet = m.PreparedData(folder), io.StringIO()
+    run, kept = runs / f"notebook-{data.meta['name']}", data.indices("train", "val")[:1500]
+    ids = run.with_suffix(".txt")
+    runs.mkdir(exist_ok=True)
+    ids.write_text("\n".join(np.delete(data.names, kept)))
+    given = {"data": str(folder), "out": str(run), "exclude_ids": str(ids), "size": 48, "epochs": 4}
+    given |= {"batch_size": 64, "lr": 0.016, "trust": 1.0, "warmup_epochs": 0.5, "knn_every": 1}
+    given |= {"embedding_dim": 256, "crop_min": 0.6, "jitter": 0.4, "blur": 0.0, "solarize": 0.0}
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        config = m.make_config("pretrain", m.PretrainConfig, given | {"context": "side"})
+        return m.pretrain(config)
 
 
 def tables():
