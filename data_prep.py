@@ -16,6 +16,7 @@ journalled, so that a run that was killed goes on where it was and ends in the s
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import hashlib
 import inspect
@@ -627,7 +628,11 @@ def prepare_picture(task, size):
 
 
 def _start_worker():
-    """Leaves Ctrl-C to the parent, and ends with it even when it is killed."""
+    """Leaves Ctrl-C to the parent, ends with it even when it is killed, keeps freed memory."""
+    with contextlib.suppress(AttributeError, TypeError):  # without glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: a picture's pages stay, a fifth of its time
+        mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
