@@ -651,6 +651,9 @@ def test_auroc_by_hand_and_as_scikit_learn():
         weights = rng.integers(0, 4, 60)
         expected = roc_auc_score(labels, scores, sample_weight=weights)
         assert m.auroc(scores, labels, weights) == pytest.approx(expected, abs=1e-12)
+    several = np.random.default_rng(3).integers(0, 3, (4, len(labels)))
+    one_by_one = [m.auroc(scores, labels, weights) for weights in several]
+    assert m.auroc(scores, labels, several).tolist() == one_by_one
     both = m.finding_aurocs([[1, 1], [2, 2], [3, 3]], [[0, 1], [1, 1], [1, 1.0]])
     assert both[0] == both[1] == 1 and math.isnan(both[2])
 
@@ -1407,11 +1410,12 @@ def test_dice_by_hand():
     assert blank == 0.5
     twice = m.dice_metrics(counts, np.array([2, 0, 0, 0]))
     assert twice[:3] == pytest.approx([2 / 3] * 3) and twice[3] == 0
+    assert m.dice_metrics(counts, np.array([[2, 0, 0, 0], [1, 1, 1, 1]]))[0] == pytest.approx(twice)
 
 
 def test_interval_is_a_bootstrap_over_patients():
     runs = [np.arange(10.0), np.arange(10.0) + 1]
-    mean = lambda run, w: np.array([(run * w).sum() / w.sum()])  # noqa: E731
+    mean = lambda run, w: ((run * w).sum(-1) / w.sum(-1))[..., None]  # noqa: E731
     one = m.interval(runs, np.arange(10), mean)[0]
     assert one["mean"] == 5.0 and one["std"] == pytest.approx(math.sqrt(0.5))
     assert one["ci95"][1] - one["ci95"][0] == pytest.approx(
@@ -1441,9 +1445,9 @@ def test_segment_chooses_by_the_pooled_dice_of_validation(trained, monkeypatch):
         scores.append(score())
         fit(model, images, targets, loss, score, *rest)
 
-    values = np.array([0.9, 0.8, 0.25, 0.7, 0.6])
+    values, counted = np.array([0.9, 0.8, 0.25, 0.7, 0.6]), np.zeros(1)
     monkeypatch.setattr(m, "fit", spy)
-    monkeypatch.setattr(m, "dice_metrics", lambda *given: values)
+    monkeypatch.setattr(m, "dice_metrics", lambda counts, w=counted: values + 0 * w[..., :1])
     evaluate("segment", "--epochs", "1", "--out", "runs/pooled")
     values[2] = np.nan  # nothing to find and nothing found
     evaluate("segment", "--epochs", "1", "--out", "runs/pooled2")
