@@ -283,7 +283,7 @@ def notebook_run(folder, runs):
     ids = run.with_suffix(".txt")
     runs.mkdir(exist_ok=True)
     ids.write_text("\n".join(np.delete(data.names, kept)))
-    given = {"data": str(folder), "out": str(run), "exclude_ids": str(ids), "size": 48, "epochs": 4}
+    given = {"data": str(folder), "out": str(run), "exclude_ids": str(ids), "size": 48, "epochs": 3}
     given |= {"batch_size": 64, "lr": 0.016, "trust": 1.0, "warmup_epochs": 0.5, "knn_every": 1}
     given |= {"embedding_dim": 256, "crop_min": 0.6, "jitter": 0.4, "blur": 0.0, "solarize": 0.0}
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
