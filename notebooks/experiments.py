@@ -98,7 +98,7 @@ SMALL = "--size 32 --embedding-dim 64 --batch-size 32 --context side --lr 0.016 
 FAILURES = {
     "gentle": (320, "--epochs 3"),
     "strong_views": (320, "--epochs 3 --crop-min 0.02 --jitter 1 --blur 4 --solarize 1"),
-    "few_images": (64, "--epochs 40 --lr 0.02"),
+    "few_images": (32, "--epochs 40 --lr 0.02 --crop-min 0.95 --jitter 0.05"),
 }
 
 
@@ -140,7 +140,7 @@ def jobs(study):
 def judge(study, task, mode, share, method):
     """One cell of a table: three pre-trainings, or three random initialisations."""
     out, (verb, flags, _) = folder(study, task, mode, share, method), TASKS[task]
-    if (out / "results.json").exists():
+    if (out / "entry.json").exists():
         return
     made = [folder(study, method, seed) for seed in range(3)]
     if method != "random" and not all((p / "done").exists() for p in made):
@@ -162,8 +162,8 @@ def judge(study, task, mode, share, method):
 def group_means(out, data):
     """Mean test AUROC of coarse and of fine findings: mean and std over the runs of a cell."""
     y, found = data.labels[data.indices("test")], {}
-    runs = [m.finding_aurocs(np.load(p), y)[1:] for p in sorted(out.glob("unit-*.npy"))]
     for group, names in data.meta.get("groups", {}).items():
+        runs = [m.finding_aurocs(np.load(p), y)[1:] for p in sorted(out.glob("unit-*.npy"))]
         means = [np.mean([run[data.findings.index(name)] for name in names]) for run in runs]
         found[group] = {"mean": np.mean(means), "std": np.std(means, ddof=1)}
     return found
