@@ -74,8 +74,8 @@ ONCE = {  # one pre-training each
     "solarize 0.2": "--solarize 0.2",
 }
 SHARES = (0.01, 0.1, 0.3, 1)
-# Fine-tuning epochs by share of labels: few images need more of them.
-EPOCHS = {0.01: 12, 0.1: 10, 0.3: 6, 1: 4}
+# Epochs of fine-tuning, and of a decoder, by share of labels: few images need more of them.
+EPOCHS = {"classify": {0.01: 12, 0.1: 10, 0.3: 6, 1: 4}, "segment": {0.1: 40, 1: 12}}
 # The demo preset's rates for real X-rays, with milder crops than the authors'.
 REAL = "--size 64 --epochs 3 --lr 0.008 --trust 1 --warmup-epochs 0.5 --embedding-dim 512"
 REAL += " --crop-min 0.5 --jitter 0.4 --blur 0 --solarize 0"
@@ -149,7 +149,7 @@ def judge(study, task, mode, share, method):
     words = f"{verb} {flags} --mode {mode} --labels {share:g} --amp bf16"
     words += " --weights random --seeds 3" if method == "random" else f" --weights {weights}"
     if mode == "finetune" or verb == "segment":
-        words += f" --epochs {EPOCHS[share]}"
+        words += f" --epochs {EPOCHS[verb][share]}"
     found = command(f"{words} --out {out}")
     entry = {"study": study, "task": task, "method": method, "command": words} | found
     entry["task"] = task
