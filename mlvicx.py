@@ -1614,7 +1614,7 @@ def interval(runs, patients, metric, repeats=1000):
         drawn = rng.integers(0, len(names), (50, len(names)))
         counts = np.array([np.bincount(row, minlength=len(names)) for row in drawn])[:, member]
         draws.append(np.mean([metric(run, counts) for run in runs], axis=0))  # (50, M)
-    low, high = np.nanpercentile(np.concatenate(draws), [2.5, 97.5], axis=0)
+    low, high = pd.DataFrame(np.concatenate(draws)).quantile([0.025, 0.975]).to_numpy()
     std = values.std(0, ddof=1) if len(runs) > 1 else np.full(values.shape[1], np.nan)
     table = np.array([values.mean(0), std, low, high]).T.astype(object)  # (M, 4)
     table[pd.isna(table)] = None

@@ -43,7 +43,14 @@ import mlvicx as m
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # the models here are too small for two
-os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The same for the processes that are started here; the notebooks have every thread again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 def relative(a, b):
@@ -3847,7 +3854,16 @@ def raw_downloads(tmp_path_factory):
     return root
 
 
-def test_every_command_of_the_readme_runs(raw_downloads, monkeypatch):
+@pytest.fixture
+def every_thread(monkeypatch):
+    """As many threads as outside of the tests: for pictures of full size."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(1)
+
+
+def test_every_command_of_the_readme_runs(raw_downloads, every_thread, monkeypatch):
     monkeypatch.chdir(raw_downloads)
     lines = "".join(readme_blocks("bash")).splitlines()
     exempt = re.compile("^pip install|--download|^python -m pytest")
