@@ -2050,7 +2050,11 @@ def bench(config):
     forms = [*FORMS, *(f"{name}, compiled" for name in (BARE, FAST) if device.type == "cuda")]
     torch.manual_seed(0)
     parts, parameters = bench_parts(config, device)
-    apart = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    # A fork server imports torch once, and forks every process from there.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["mlvicx"])
+    apart = {"mp_context": context, "max_tasks_per_child": 1}
     with ProcessPoolExecutor(1, **apart) as pool:
         rows = dict(zip(forms, pool.map(measure_form, forms, repeat(config)), strict=True))
     turns = [

@@ -3838,10 +3838,10 @@ def test_every_python_block_of_the_readme_runs(capsys):
 def raw_downloads(tmp_path_factory):
     """Small raw folders in the real layouts, where the README's commands look for them."""
     root = tmp_path_factory.mktemp("readme")
-    names = [f"{k + 1:08d}_000.png" for k in range(44)]
+    names = [f"{k + 1:08d}_000.png" for k in range(40)]
     labels = ["Cardiomegaly|Effusion", "No Finding", "Nodule", "Infiltration"]
-    splits = ["test" if k >= 32 else "train" for k in range(44)]
-    cycled = [labels[k % 4] for k in range(44)]
+    splits = ["test" if k >= 28 else "train" for k in range(40)]
+    cycled = [labels[k % 4] for k in range(40)]
     raw_nih(root / "raw" / "nih", rows=list(zip(names, cycled, splits, strict=True)))
     raw_physionet(root / "raw" / "vinbig", n=16)
     raw_rsna(root / "raw" / "rsna")
