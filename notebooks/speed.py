@@ -32,10 +32,11 @@ for path in sorted(Path(sys.argv[1]).glob("*.png")):
 """
 PREPARE = """
 import resource, sys
+from pathlib import Path
 import data_prep
 data_prep.main(sys.argv[1:])
-for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-    print(round(resource.getrusage(who).ru_maxrss / 1e3))
+own = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # since the exec
+print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
@@ -100,7 +101,8 @@ def preparation(raw):
         def prepare(workers):
             words = f"folder --raw {folder} --csv labels.csv --size 256 --out {out} --overwrite"
             done = python(PREPARE, *words.split(), "--workers", str(workers))
-            return [int(mb) for mb in done.stdout.split()[-2:]], (out / "images.npy").read_bytes()
+            peaks = [round(int(kb) / 1e3) for kb in done.stdout.split()[-2:]]
+            return peaks, (out / "images.npy").read_bytes()
 
         for count in (400, 1600):
             copies(files, count, folder)
