@@ -1979,7 +1979,7 @@ def timed(call, device):
 def measure_form(name, config):
     """Least seconds of forward and backward, and peak memory in MB above the idle process.
 
-    `peak_mb`: in use at once, as CUDA counts it too; `resident_mb`: with what the allocator keeps.
+    `peak_mb`: in use at once, as CUDA counts it; `resident_mb`: on a CPU, with what is kept.
     """
     device, literal = setup(config, keep=False)[0], name in (LITERAL, KEPT)
     torch.manual_seed(0)

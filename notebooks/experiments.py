@@ -161,9 +161,10 @@ def judge(study, task, mode, share, method):
 
 def group_means(out, data):
     """Mean test AUROC of coarse and of fine findings: mean and std over the runs of a cell."""
-    y, found = data.labels[data.indices("test")], {}
-    for group, names in data.meta.get("groups", {}).items():
-        runs = [m.finding_aurocs(np.load(p), y)[1:] for p in sorted(out.glob("unit-*.npy"))]
+    y, found, groups = data.labels[data.indices("test")], {}, data.meta.get("groups", {})
+    units = sorted(out.glob("unit-*.npy")) if groups else []
+    runs = [m.finding_aurocs(np.load(path), y)[1:] for path in units]
+    for group, names in groups.items():
         means = [np.mean([run[data.findings.index(name)] for name in names]) for run in runs]
         found[group] = {"mean": np.mean(means), "std": np.std(means, ddof=1)}
     return found

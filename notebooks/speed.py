@@ -52,16 +52,12 @@ def seconds(call):
 
 def evaluation():
     """The linear probe at NIH's size; features of images against bare forward passes."""
+    m.keep_memory()  # as every command does
     torch.manual_seed(0)
-    x, xv, weight = (
-        torch.randn(86524, 512).relu(),
-        torch.randn(8652, 512).relu(),
-        torch.randn(14, 512),
-    )
+    x, xv = (torch.randn(count, 512).relu() for count in (86524, 8652))
+    weight = torch.randn(14, 512) / 20
     bias = torch.linspace(-4, -2, 14)
-    y, yv = (
-        (torch.rand(len(a), 14) < (a @ weight.T / 20 + bias).sigmoid()).float() for a in (x, xv)
-    )
+    y, yv = (torch.rand(len(a), 14).lt((a @ weight.T + bias).sigmoid()).float() for a in (x, xv))
     probe, _ = seconds(lambda: m.linear_probe(x, y, xv, yv))
     images, rows = torch.randint(0, 256, (1024, 256, 256)).byte(), torch.arange(1024)
     ready = torch.randn(128, 3, 224, 224).to(memory_format=torch.channels_last)
@@ -124,7 +120,6 @@ if __name__ == "__main__":
     files = {"evaluation": "eval_cpu.json", "preparation": "prepare_speed.json"}
     if which not in actions or len(words) != (which == "preparation"):
         sys.exit(f"expected evaluation, or preparation RAW; found {sys.argv[1:]}")
-    m.keep_memory() if which == "evaluation" else None
     result = {"command": " ".join(["python notebooks/speed.py", which, *["RAW"] * len(words)])}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     result |= json.loads(
