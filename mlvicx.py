@@ -2047,6 +2047,8 @@ def bench(config):
     Args: config: BenchConfig. Returns: the dict that `--out` writes as JSON.
     """
     device, *_ = setup(config)
+    if config.out:  # before minutes of measuring
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     forms = [*FORMS, *(f"{name}, compiled" for name in (BARE, FAST) if device.type == "cuda")]
     torch.manual_seed(0)
     parts, parameters = bench_parts(config, device)

@@ -1538,17 +1538,6 @@ def test_export_fits_torchvision_and_refuses_to_drop_blocks_silently(trained, mo
     assert m.main(["export", "--weights", "runs/side/encoder.pt", "--out", "side.pth"]) == 0
 
 
-def test_bench_measures_every_variant(place):
-    args = ["bench", "--size", "32", "--batch-size", "4", "--embedding-dim", "8", "--repeats", "1"]
-    assert m.main([*args, "--out", "bench.json"]) == 0
-    result = json.loads(Path("bench.json").read_text())
-    assert len(result["steps"]) == 6
-    assert all(row["seconds"] > 0 for row in result["steps"].values())
-    assert result["parameters"]["backbone"] == 11176512
-    assert set(result["parts"]) >= {"read", "views", "encoder", "context-bottlenecks", "LARS"}
-    assert min(result["ratios"].values()) > 0 and min(result["multiply_adds"].values()) > 0
-
-
 @pytest.mark.parametrize("error", [TypeError, AttributeError])  # Windows; another C library
 def test_memory_is_kept_where_glibc_is_and_elsewhere_nothing_happens(error, monkeypatch):
     calls = []
@@ -3885,6 +3874,12 @@ def test_every_command_of_the_readme_runs(raw_downloads, every_thread, monkeypat
         if args[0] in ("pretrain", "classify", "segment"):
             args += ["--epochs", "1"]
         assert {"mlvicx.py": m, "data_prep.py": dp}[program].main(args) == 0, line
+    bench = json.loads(Path("runs/bench.json").read_text())
+    assert len(bench["steps"]) == 6
+    assert all(row["seconds"] > 0 for row in bench["steps"].values())
+    assert bench["parameters"]["backbone"] == 11176512
+    assert set(bench["parts"]) >= {"read", "views", "encoder", "context-bottlenecks", "LARS"}
+    assert min(bench["ratios"].values()) > 0 and min(bench["multiply_adds"].values()) > 0
 
 
 def test_the_text_keeps_its_form():

@@ -8,13 +8,14 @@
     python notebooks/experiments.py tables           # all of it as tables: tables.md
     python notebooks/experiments.py failures         # logs that notebook 03 diagnoses
 
-Each run is a command of mlvicx.py; what it finds goes to notebooks/results/. Several processes may
-be started together: they share the work. `real` needs data/kermany, data/shenzhen and data/nih256,
+Each run is a command of mlvicx.py; what it finds goes to notebooks/results/, and what is there is
+not made again. Several processes may be started together: they share the work. `real` needs data/kermany, data/shenzhen and data/nih256,
 prepared by `python data_prep.py folder`. A pre-training takes three to ten minutes on two cores.
 """
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -75,7 +76,7 @@ ONCE = {  # one pre-training each
 }
 SHARES = (0.01, 0.1, 0.3, 1)
 # Epochs of fine-tuning, and of a decoder, by share of labels: few images need more of them.
-EPOCHS = {"classify": {0.01: 12, 0.1: 10, 0.3: 6, 1: 4}, "segment": {0.1: 40, 1: 12}}
+EPOCHS = {"classify": {0.01: 12, 0.1: 10, 0.3: 6, 1: 4}, "segment": {0.1: 40, 0.3: 20, 1: 12}}
 # The demo preset's rates for real X-rays, with milder crops than the authors'.
 REAL = "--size 64 --epochs 3 --lr 0.008 --trust 1 --warmup-epochs 0.5 --embedding-dim 512"
 REAL += " --crop-min 0.5 --jitter 0.4 --blur 0 --solarize 0"
@@ -84,7 +85,7 @@ TASKS = {  # what is judged: command, flags, shares of labels
     "kermany": ("classify", "--data kermany --findings Bacterial,Viral --size 64", SHARES),
     "shenzhen": ("classify", "--data shenzhen --size 64", SHARES[1:]),
     "nih256": ("classify", "--data nih256 --findings Pneumonia --size 64", SHARES[1:]),
-    "lungs": ("segment", "--data shenzhen --size 64", (0.1, 1)),
+    "lungs": ("segment", "--data shenzhen --size 64", SHARES[1:]),
 }
 # Sets to pre-train on, their flags, and the tasks judged with the result.
 STUDIES = {
@@ -125,22 +126,27 @@ def pretrained(study, method, flags, seed):
 
 
 def jobs(study):
-    """Every job of a table, as (function without arguments, name), cheap and important first."""
+    """Every job that a table lacks, as (function without arguments, name), pre-trainings first."""
+    modes = ("frozen",) if study == "transfer" else ("frozen", "finetune")
+    methods = ("MLVICX",) if study == "transfer" else METHODS
+    cells = [
+        (task, mode, share, method)
+        for mode, task in itertools.product(modes, STUDIES[study][2])
+        for share, method in itertools.product(TASKS[task][2], methods)
+    ]
+    known = finished(study)
+    cells = [cell for cell in cells if cell not in known]
     for seed in range(3):
-        for method in ("MLVICX",) if study == "transfer" else [*METHODS][1:]:
+        for method in dict.fromkeys(cell[-1] for cell in cells if cell[-1] != "random"):
             yield lambda a=(method, METHODS[method], seed): pretrained(study, *a), (method, seed)
-    for mode in ("frozen",) if study == "transfer" else ("frozen", "finetune"):
-        for task in STUDIES[study][2]:
-            for share in TASKS[task][2]:
-                for method in ("MLVICX",) if study == "transfer" else METHODS:
-                    name = (study, task, mode, share, method)
-                    yield lambda name=name: judge(*name), name[1:]
+    for cell in cells:
+        yield lambda cell=cell: judge(study, *cell), cell
 
 
 def judge(study, task, mode, share, method):
     """One cell of a table: three pre-trainings, or three random initialisations."""
     out, (verb, flags, _) = folder(study, task, mode, share, method), TASKS[task]
-    if (out / "entry.json").exists():
+    if (task, mode, share, method) in finished(study):
         return
     made = [folder(study, method, seed) for seed in range(3)]
     if method != "random" and not all((p / "done").exists() for p in made):
@@ -185,11 +191,20 @@ def table(study):
         time.sleep(5 * bool(left))
 
 
+def finished(study):
+    """The cells in results/<study>.json and in run folders, by task, mode, share and method."""
+    path = RESULTS / f"{study}.json"
+    cells = json.loads(path.read_text()) if path.exists() else []
+    cells += [json.loads(p.read_text()) for p in RUNS.glob(f"{study}-*/entry.json")]
+    return {(c["task"], c["mode"], c["labels"], c["method"]): c for c in cells}
+
+
 def collect(study):
     """Gathers the finished cells, one a line."""
-    cells = [p.read_text() for p in sorted(RUNS.glob(f"{study}-*/entry.json"))]
+    cells = finished(study)
+    lines = [json.dumps(cells[key]) for key in sorted(cells, key=lambda k: str(folder(*k)))]
     with m.replacing(RESULTS / f"{study}.json") as f:
-        f.write(("[\n" + ",\n".join(cells) + "\n]\n").encode())
+        f.write(("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
 def variant_rows(name, flags, seed):
