@@ -900,17 +900,17 @@ def test_sigkill_at_random_moments_then_exact_resume(place):
     assert m.main([*args, "--out", "runs/whole"]) == 0
     rng = np.random.default_rng(0)
     call = [sys.executable, str(HERE / "mlvicx.py"), *args, "--out", "runs/cut"]
-    killed = 0
+    killed, log = 0, Path("runs/cut/metrics.csv")
     for _ in range(3):
+        before = log.exists() and log.stat().st_mtime_ns
         process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        start = time.time()
-        while not Path("runs/cut/metrics.csv").exists() and time.time() - start < 120:
+        while process.poll() is None and (log.exists() and log.stat().st_mtime_ns) == before:
             time.sleep(0.05)
         time.sleep(float(rng.random()))
         killed += process.poll() is None
         process.kill()
         process.wait()
-    assert killed
+    assert killed >= 2
     assert m.main([*args, "--out", "runs/cut"]) == 0
     assert_same_run("runs/whole", "runs/cut")
 
@@ -2320,9 +2320,12 @@ def raw_folder(root, n=12, size=48):
     return write(root / "labels.csv", "image,patient,F", *rows).parent
 
 
+COUNT = 2000  # enough that a signal comes before the end, on a machine that stalls for a second
+
+
 def start_demo(out, *args, **kwargs):
     """A demo preparation of some seconds in a process of its own."""
-    call = [sys.executable, str(SCRIPT), "demo", "--count", "900", "--size", "32"]
+    call = [sys.executable, str(SCRIPT), "demo", "--count", str(COUNT), "--size", "32"]
     call += ["--out", str(out), *map(str, args)]
     pipe = subprocess.PIPE
     return subprocess.Popen(call, stdout=pipe, stderr=pipe, text=True, **kwargs)
@@ -2342,7 +2345,7 @@ def wait_for_rows(folder, rows):
 def whole_demo(tmp_path_factory):
     """What an undisturbed preparation of `start_demo` gives, by file name."""
     out = tmp_path_factory.mktemp("whole") / "demo"
-    prep("demo", "--count", 900, "--size", 32, "--out", out)
+    prep("demo", "--count", COUNT, "--size", 32, "--out", out)
     return content(out)
 
 
@@ -2354,7 +2357,7 @@ def test_killed_again_and_again_and_resumed_the_bytes_are_the_same(whole_demo, t
         process.kill()
         process.communicate()  # ends only when the workers have gone, too
         assert process.returncode == -signal.SIGKILL and not out.exists()
-    prep("demo", "--count", 900, "--size", 32, "--out", out)
+    prep("demo", "--count", COUNT, "--size", 32, "--out", out)
     assert content(out) == whole_demo
 
 
@@ -2367,8 +2370,8 @@ def test_control_c_says_how_to_go_on_and_the_bytes_are_the_same(whole_demo, tmp_
     assert process.returncode == 130, errors
     assert errors.strip().splitlines() == ["stopped; the same command goes on from here"]
     kept = Path(f"{out}.partial", "progress.jsonl").read_bytes().count(b"\n")
-    assert 200 < kept < 900 and not out.exists()
-    prep("demo", "--count", 900, "--size", 32, "--out", out)
+    assert 200 < kept < COUNT and not out.exists()
+    prep("demo", "--count", COUNT, "--size", 32, "--out", out)
     assert content(out) == whole_demo
 
 
@@ -2385,14 +2388,16 @@ def test_torn_tails_are_cut_off(whole_demo, tmp_path):
     ):
         with open(partial / name, "ab") as f:
             f.write(tail)
-    prep("demo", "--count", 900, "--size", 32, "--out", out)
+    prep("demo", "--count", COUNT, "--size", 32, "--out", out)
     assert content(out) == whole_demo
 
 
 def test_two_workers_give_the_bytes_of_one(whole_demo, tmp_path):
-    done = script("demo", "--count", 900, "--size", 32, "--workers", 2, "--out", tmp_path / "demo")
+    done = script(
+        "demo", "--count", COUNT, "--size", 32, "--workers", 2, "--out", tmp_path / "demo"
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("demo: {") and not done.stderr  # no bar
+    assert done.stdout.splitlines()[-1].startswith("demo: {") and not done.stderr  # no bar
     assert content(tmp_path / "demo") == whole_demo
 
 
