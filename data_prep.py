@@ -43,6 +43,11 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: two preparations of one set are not told apart
+    fcntl = None
+
 # ================================================================================================
 # 1. One X-ray file
 # ================================================================================================
@@ -682,6 +687,11 @@ def write_prepared(listing, out, options, size=None, workers=1):
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         journal, *arrays = [stack.enter_context(open(folder / name, "a+b")) for name in names]
+        try:
+            if fcntl:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PrepError(f"{out} is being prepared by another process; wait for it") from None
         notes = _resume(journal, arrays, plan, size)
         done = {note["row"] for note in notes}
         tasks = ((k, source, masks and masks[k]) for k, source in listing.sources if k not in done)
@@ -1100,6 +1110,8 @@ def verify(folder):
     positive.insert(0, "images", True)
     table = positive.groupby(splits).sum().reindex(SPLITS, fill_value=0).T
     key = f"{meta['options']['command']} {meta['options'].get('readers', '')}".strip()
+    if "vinbig" in key and meta["findings"] != VINBIG_FINDINGS:  # PhysioNet's have other names
+        key = ""
     known = (KNOWN_COUNTS.get(key, "").split() + [""] * len(table))[: len(table)]
     table = table.assign(all=table.sum(axis=1), known=known)
     print(f"{len(blank)} blank pictures {blank[:10]}\n{table.to_string()}")

@@ -30,13 +30,15 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import chain, pairwise, product, repeat
+from functools import lru_cache, partial
+from itertools import chain, count, pairwise, product, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -144,10 +146,10 @@ class PretrainConfig(RunConfig):
 class EvalConfig(RunConfig):
     """What `classify` and `segment` share; fine-tuning follows the authors' code."""
 
-    weights: str = _option("random", "random, imagenet, or encoder files joined by commas")
+    weights: str = _option("random", "random, imagenet or encoder files; several, with commas")
     mode: str = _option("frozen", "train the head alone, or everything", "frozen", "finetune")
     labels: float = _option(1.0, "share of the training patients whose labels are used")
-    seeds: int = _option(1, "repetitions, each with its own subset and initialisation")
+    seeds: int = _option(1, "repetitions, each with its own subset of labels")
     epochs: int = _option(300, "most passes over the labelled images")
     patience: int = _option(10, "epochs without a better validation score before stopping")
     lr: float = _option(0.0003, "AdamW learning rate")
@@ -195,11 +197,11 @@ class BenchConfig:
 PRESETS = {
     ("pretrain", "demo"): {"size": 64, "epochs": 4, "lr": 0.008, "trust": 1.0}
     | {"warmup_epochs": 0.5, "embedding_dim": 512, "crop_min": 0.6}
-    | {"jitter": 0.4, "blur": 0.0, "solarize": 0.0},
+    | {"jitter": 0.2, "blur": 0.0, "solarize": 0.0, "context": "side"},
     ("classify", "demo"): {"size": 64, "epochs": 20, "patience": 5},
     ("segment", "demo"): {"size": 128, "epochs": 20, "patience": 5},
 }
-LOWEST = {"size": 32, "labels": 1e-9, "crop_min": 1e-9, "embedding_dim": 2, "batch_size": 1}
+LOWEST = {"size": 32, "labels": 1e-9, "crop_min": 1e-9, "embedding_dim": 2, "batch_size": 2}
 LOWEST |= dict.fromkeys(("epochs", "seeds", "repeats", "patience"), 1)
 HIGHEST = {"size": 4096} | dict.fromkeys(("labels", "crop_min", "flip", "jitter", "solarize"), 1)
 
@@ -234,7 +236,11 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x):
         # Same as x.mean and x.amax, whose backward passes each walk the whole map several times.
-        average, most = x.sum((2, 3)) / x[0, 0].numel(), F.adaptive_max_pool2d(x, 1).flatten(1)
+        average, most = x.sum((2, 3)) / x[0, 0].numel(), None
+        if torch.are_deterministic_algorithms_enabled():  # CUDA's backward of the pool is not
+            most = x.flatten(2).max(2).values
+        else:
+            most = F.adaptive_max_pool2d(x, 1).flatten(1)
         pooled = torch.stack([average, most])  # (B, C, H, W) -> (2, B, C)
         hidden = F.relu(F.linear(pooled, self.reduce.weight.flatten(1)))
         gate = F.linear(hidden.sum(0), self.expand.weight.flatten(1)).sigmoid()  # (B, C)
@@ -618,10 +624,11 @@ class LARS(torch.optim.SGD):
 def cosine_schedule(step, total, warmup, base, floor=0.001):
     """Learning rate of one step: linear warm-up, then a cosine to exactly `floor * base`.
 
-    Args: step: 0 ... total - 1; the last has the floor itself. warmup: steps of warm-up; the first
-        has base / warmup. floor: as a share of `base`.
+    Args: step: 0 ... total - 1; the last has the floor itself. warmup: steps of warm-up, at most
+        half of all; the first has base / warmup. floor: as a share of `base`.
     Source: VICReg (arXiv:2105.04906), section 4.2; authors' code.
     """
+    warmup = min(warmup, total // 2)
     if step < warmup:
         return base * (step + 1) / warmup
     progress = (step - warmup) / max(total - 1 - warmup, 1) if total > 1 else 1.0
@@ -643,7 +650,7 @@ class PreparedData:
     Args: data: name under `root`, or a path.
     Attributes: images, masks (or None): uint8 (N, S, S) tensors over a memory map; labels: float32
         (N, F), NaN where unknown; findings: F names; patient, split, names: (N,) arrays; has_mask:
-        (N,) bool; meta: dict of meta.json; size: S.
+        (N,) bool; meta: dict of meta.json; size: S; origin: the command that prepared it.
     Raises: UserError if the folder is missing or incomplete, or a patient is in two splits.
     """
 
@@ -664,6 +671,7 @@ class PreparedData:
             self.masks = self._map("masks.npy") if "has_mask" in table else None
             self.has_mask = table.reindex(columns=["has_mask"]).eq(1).to_numpy()[:, 0]
             self.findings = list(self.meta["findings"])
+            self.origin = self.meta.get("options", {}).get("command", self.meta["name"])
             self.labels = torch.from_numpy(table[self.findings].to_numpy(np.float32, copy=True))
             self.names, self.patient, self.split = table[["image", "patient", "split"]].to_numpy().T
             counts = {len(self.images), len(table), self.meta["images"]}
@@ -938,6 +946,15 @@ def select(config, *names):
     return {name: getattr(config, name) for name in names}
 
 
+def device_name(device):
+    """What a log calls the device: the name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, IndexError):
+        return Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].splitlines()[0]
+    return platform.processor() or "cpu"
+
+
 @contextlib.contextmanager
 def open_run(config, default, datasets):
     """Makes or reopens a run folder, locked against a second process; yields its path.
@@ -972,6 +989,7 @@ def open_run(config, default, datasets):
                 path.unlink()
             about = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
             about |= {"settings": settings, "command": sys.argv, "machine": platform.platform()}
+            about |= {"device": device_name(setup(config)[0])}
             store_json(record, about)
         yield folder
 
@@ -1144,7 +1162,8 @@ def monitor(model, sets, rows, views, config, device, epoch):
         row |= {f"std_{head}": float(z.std(0).mean()), f"rank_{head}": effective_rank(z)}
     if config.knn_every and (epoch % config.knn_every == 0 or epoch == config.epochs):
         scores = [knn_auroc(model.encoder, s, config, device) for s in sets]
-        row["knn_auroc"] = float(np.mean(scores))
+        if scores := [score for score in scores if math.isfinite(score)]:  # sets with labels
+            row["knn_auroc"] = float(np.mean(scores))
     model.train()
     return row
 
@@ -1173,13 +1192,16 @@ def build_model(config):
 
 
 def open_sets(config):
-    """The prepared sets of `--data a,b`; the demo set is drawn on first use."""
+    """The prepared sets of `--data a,b`; the demo set is drawn on first use, by one process."""
     names, demo = config.data.split(","), Path(config.data_root) / "demo"
-    if "demo" in names and not demo.exists():
+    several = dist.is_initialized()
+    if "demo" in names and not demo.exists() and not (several and dist.get_rank()):
         import data_prep
 
         failed = data_prep.main(["demo", "--out", str(demo)])
         require(not failed, "the demo set could not be made; see the line above")
+    if several:
+        dist.barrier()
     sets = [PreparedData(name, config.data_root) for name in names]
     sizes = {s.meta["name"]: s.size for s in sets}
     require(len(set(sizes.values())) == 1, f"pooled sets differ in size: {sizes}")
@@ -1188,7 +1210,11 @@ def open_sets(config):
 
 def pretraining_rows(sets, exclude_ids=""):
     """Rows of the pooled sets: train and validation images to train on, validation to watch."""
-    banned = Path(exclude_ids).read_text().split() if exclude_ids else []
+    lines = Path(exclude_ids).read_text().splitlines() if exclude_ids else []
+    banned = [line.strip() for line in lines if line.strip()]
+    known = {*chain.from_iterable(s.names for s in sets)}.intersection(banned)
+    text = f"{exclude_ids}: expected names of labels.csv, one a line; found {banned[:1]}"
+    require(known or not banned, f"{text}, and no line that names an image")
     train, val, start = [], [], 0
     for data in sets:
         rows = data.indices("train", "val")
@@ -1289,7 +1315,7 @@ class Trainer:
             self.step, self.history = state["step"], state["history"]
             self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
             reason = f" ({damage[0]})" if damage else ""
-            print(f"{folder}: going on from step {self.step} of {path.name}{reason}")
+            print(f"{folder}: at step {self.step} of {path.name}{reason}")
             return
         require(not damage, "; ".join(damage) + "; give --overwrite to start again")
 
@@ -1300,14 +1326,18 @@ class Trainer:
         row |= {k: float(v) / steps for k, v in self.sums.items()}
         row |= monitor(self.model, sets, held, views, config, self.device, epoch)
         self.history, self.sums = [*self.history, row], {}
-        about = {"arch": encoder.arch, "size": config.size, "data": [s.meta["name"] for s in sets]}
+        about = {"arch": encoder.arch, "size": config.size, "data": [s.origin for s in sets]}
         save_checkpoint(folder / "encoder.pt", {"encoder": encoder.state_dict()} | about)
         self.save(folder)
         log_epochs(folder, self.history)
-        shown = ("loss", "loss_global", "loss_local", "val_loss")
-        shown += ("rank_global", "rank_local", "knn_auroc")
-        line = "  ".join(f"{k} {row[k]:.3f}" for k in shown if k in row)
-        tqdm.write(f"epoch {epoch}/{config.epochs}  {line}")
+        line = (
+            f"epoch {epoch}/{config.epochs}  loss {row['loss']:.2f} ({row['val_loss']:.2f} unseen)"
+        )
+        for head in (name for name in ("global", "local") if f"loss_{name}" in row):
+            parts = [(k.split("_")[1], v) for k, v in row.items() if k.startswith(f"{head}_")]
+            line += f"  {head}: " + ", ".join(f"{k} {v:.3f}" for k, v in parts)
+            line += f", rank {row[f'rank_{head}']:.0f}"
+        tqdm.write(line + (f"  k-NN {row['knn_auroc']:.3f}" if "knn_auroc" in row else ""))
         if warning := collapse_warning(row):
             tqdm.write(warning)
 
@@ -1336,9 +1366,12 @@ def pretrain(config):
     Source: authors' code for the recipe.
     """
     device, rank, world = setup(config)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what determinism asks of cuBLAS
     torch.use_deterministic_algorithms(config.deterministic)
     sets = open_sets(config)
     rows, held = pretraining_rows(sets, config.exclude_ids)
+    if config.exclude_ids and rank == 0:
+        print(f"{len(rows):,} images to train on, without those that {config.exclude_ids} names")
     batch, share = config.batch_size, config.batch_size // world
     possible = 2 * world <= batch <= len(rows) and batch % world == 0
     require(possible, f"--batch-size {batch}: expected 2 to {len(rows)}, in {world} equal shares")
@@ -1349,21 +1382,27 @@ def pretrain(config):
     if cuda and sum(s.images.numel() for s in sets) < torch.cuda.mem_get_info(device)[0] / 2:
         resident = torch.cat([s.images.to(device) for s in sets])
 
+    @lru_cache(2)
+    def order(epoch):
+        return torch.randperm(len(rows), generator=generator(config.seed, "order", epoch))
+
     def load(step):
-        order = torch.randperm(len(rows), generator=generator(config.seed, "order", step // steps))
-        images = gather_images(sets, rows[order[step % steps * batch :][:batch][mine]], resident)
+        chosen = order(step // steps)[step % steps * batch :][:batch][mine]
+        images = gather_images(sets, rows[chosen], resident)
         params = views.draw(batch, sets[0].size, generator(config.seed, "views", step))
         images = images.pin_memory() if cuda and resident is None else images
         return step, images, {k: v[:, mine] for k, v in params.items()}
 
     default = "-".join(s.folder.name for s in sets)
     folder, watch = Path(config.out or Path("runs") / default), FiniteWatch()
+    trainer = Trainer(config, device, world)  # before there is a folder that it may not fit
     owner = open_run(config, default, sets) if rank == 0 else contextlib.nullcontext()
     with owner, stop_signals() as stop:
         if world > 1:
             dist.barrier()
-        trainer = Trainer(config, device, world)
         trainer.restore(folder)
+        if trainer.step == total:
+            print(f"{folder}: finished; --overwrite starts again")
         bar = tqdm(total=total, initial=trainer.step, disable=not sys.stderr.isatty(), unit="step")
         for step, images, params in prefetch(load, range(trainer.step, total)):
             lr = config.lr * batch / 256
@@ -1557,6 +1596,8 @@ def fit(model, images, targets, loss, score, rows, config, key):
     Source: authors' code (weight decay 0, clip 1.0, T0 = 10 doubling, floor 1e-6, patience 10).
     """
     # Deviation: no image is dropped, and validation images are never flipped.
+    found = f"training needs two labelled images, found {len(rows)}; give more --labels"
+    require(len(rows) > 1, found)  # BatchNorm needs two
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0)
@@ -1565,7 +1606,8 @@ def fit(model, images, targets, loss, score, rows, config, key):
     for epoch in tqdm(range(config.epochs), disable=not sys.stderr.isatty(), leave=False):
         model.train()
         order = rows[torch.randperm(len(rows), generator=generator(*key, "order", epoch))]
-        batches = order.tensor_split(max(1, round(len(order) / config.batch_size)))
+        parts = min(round(len(order) / config.batch_size), len(order) // 2)
+        batches = order.tensor_split(max(1, parts))
         for i, batch in enumerate(batches):
             schedule.step(epoch + i / len(batches))
             rng = generator(*key, "augment", epoch, i)
@@ -1599,12 +1641,15 @@ def cached_features(encoder, data, config, device, cache):
     return torch.from_numpy(np.load(path))
 
 
-def interval(runs, patients, metric, repeats=1000):
+def interval(runs, patients, metric, encoders=1, repeats=1000):
     """Mean and std over runs; 95 % bootstrap interval over test patients of the mean over runs.
+
+    With several encoders, the std is that of their means over the runs of each.
 
     Args:
         runs: one array a run. patients: (n,). metric: (run, weights (..., n)) -> (..., M) numbers,
-            where the weights say how often each image counts. repeats: draws, in fifties.
+            where the weights say how often each image counts. encoders: runs of one encoder stand
+            together. repeats: draws, in fifties.
     Returns: M dicts {"mean", "std", "ci95"}; None where undefined.
     """
     names, member = np.unique(patients.astype(str), return_inverse=True)
@@ -1615,7 +1660,8 @@ def interval(runs, patients, metric, repeats=1000):
         counts = np.array([np.bincount(row, minlength=len(names)) for row in drawn])[:, member]
         draws.append(np.mean([metric(run, counts) for run in runs], axis=0))  # (50, M)
     low, high = pd.DataFrame(np.concatenate(draws)).quantile([0.025, 0.975]).to_numpy()
-    std = values.std(0, ddof=1) if len(runs) > 1 else np.full(values.shape[1], np.nan)
+    repeated = values.reshape(encoders, -1, values.shape[1]).mean(1) if encoders > 1 else values
+    std = repeated.std(0, ddof=1) if len(runs) > 1 else np.full(values.shape[1], np.nan)
     table = np.array([values.mean(0), std, low, high]).T.astype(object)  # (M, 4)
     table[pd.isna(table)] = None
     return [{"mean": mean, "std": std, "ci95": ci95} for mean, std, *ci95 in table]
@@ -1624,8 +1670,10 @@ def interval(runs, patients, metric, repeats=1000):
 def evaluate(config, task, data, device, unit, summary):
     """Runs `unit` for each of the weights and seeds, and writes the summary as results.json.
 
-    Every result is kept as it comes: a stopped command reads back what it has.
-    Args: unit: (encoder on the device, seed, folder) -> array. summary: (arrays, folder) -> dict.
+    Every result is kept as it comes: a stopped command reads back what it has. "random" more than
+    once is as many initialisations, judged on the same labels, as several pre-trainings are.
+    Args: unit: (encoder on the device, seed, folder) -> array.
+        summary: (arrays, folder, number of encoders) -> dict.
     Returns: the dict of results.json.
     """
     for split in ("train", "val", "test"):
@@ -1640,13 +1688,14 @@ def evaluate(config, task, data, device, unit, summary):
         for (i, weights), seed in product(enumerate(encoders), seeds):
             path = folder / f"unit-{i}-{seed}.npy"
             if not path.exists():
-                encoder, origin = load_encoder(weights, config, seed)
-                warn_overlap(origin.get("data", ()), data.meta["name"])
+                encoder, origin = load_encoder(weights, config, seed + i * config.seeds)
+                warn_overlap(origin.get("data", ()), data.origin)
                 torch.manual_seed(seed)
-                store(path, np.save, unit(encoder.to(device), seed, folder))
+                encoder = encoder.to(device, memory_format=torch.channels_last)
+                store(path, np.save, unit(encoder, seed, folder))
             runs.append(np.load(path))
         about = select(config, "data", "weights", "mode", "labels", "seeds")
-        results = {"task": task} | about | {"test": summary(runs, folder)}
+        results = {"task": task} | about | {"test": summary(runs, folder, len(encoders))}
         store_json(folder / "results.json", results)
     shown = results["test"] | results["test"].get("per_finding", {})
     for name in (name for name in shown if name != "per_finding"):
@@ -1657,10 +1706,10 @@ def evaluate(config, task, data, device, unit, summary):
 
 def warn_overlap(seen, judged):
     """Says where weights may have seen the test pictures, unlabelled, in their pre-training."""
-    for name in {"nih", "chestmnist"} & set(seen) - {judged}:
-        if judged in ("nih", "chestmnist", "rsna", "siim"):
-            text = f"{judged} holds NIH images too: weights from {name} may have seen its test"
-            print(f"warning: {text} pictures, unlabelled", file=sys.stderr)
+    of_nih = {"nih", "chestmnist", "rsna", "siim"}  # whose pictures are NIH's
+    for name in sorted(of_nih & set(seen) - {judged}) if judged in of_nih else ():
+        text = f"{judged} holds NIH images, as {name} does: these weights may have seen its test"
+        print(f"warning: {text} pictures, unlabelled", file=sys.stderr)
 
 
 def classify(config):
@@ -1697,12 +1746,14 @@ def classify(config):
             fit(model, data.images, labels, masked_bce, score, rows, config, (seed, "classify"))
             scores = logits(test)
         about = {"arch": encoder.arch, "findings": names, "size": config.size}
+        about |= {"prepared_size": data.size}
         save_checkpoint(folder / "classifier.pt", {"classifier": model.state_dict()} | about)
         return scores.numpy()
 
-    def summary(runs, folder):
+    def summary(runs, folder, encoders):
         y, per = labels[test].numpy(), {}
-        mean, *each = interval(runs, data.patient[test], lambda r, w: finding_aurocs(r, y, w))
+        patients, score = data.patient[test], lambda r, w: finding_aurocs(r, y, w)
+        mean, *each = interval(runs, patients, score, encoders)
         for f, (name, value) in enumerate(zip(names, each, strict=True)):
             known = np.isfinite(y[:, f])
             n, positives = int(known.sum()), int(y[known, f].sum())
@@ -1802,9 +1853,10 @@ def segment(config):
             store(folder / "masks.png", figure.savefig, dpi=100)
         return result
 
-    def summary(runs, folder):
+    def summary(runs, folder, encoders):
         names = ("dice_all", "dice_positive", "dice_pooled", "dice_blank", "iou_pooled")
-        return dict(zip(names, interval(runs, data.patient[test], dice_metrics), strict=True))
+        found = interval(runs, data.patient[test], dice_metrics, encoders)
+        return dict(zip(names, found, strict=True))
 
     return evaluate(config, "segment", data, device, unit, summary)
 
@@ -1862,7 +1914,7 @@ def predict_folder(config):
     require(config.overwrite or not out.exists(), f"{out} exists; give another --out")
     for path in tqdm(paths, disable=not sys.stderr.isatty()):
         try:
-            image = torch.tensor(resize_xray(read_xray(path), 256))[None]
+            image = torch.tensor(resize_xray(read_xray(path), state["prepared_size"]))[None]
         except ValueError as e:
             print(f"left out {path}: {e}", file=sys.stderr)
         else:
@@ -1881,7 +1933,9 @@ def closing_table(config, folder):
     """Test AUROC of a linear probe on frozen features: random weights and those just learned."""
     device, *_ = setup(config)
     weights = {"random": "random", "learned": folder / "encoder.pt"}
-    encoders = {k: load_encoder(w, config, config.seed)[0].to(device) for k, w in weights.items()}
+    encoders = {k: load_encoder(w, config, config.seed)[0] for k, w in weights.items()}
+    for encoder in encoders.values():
+        encoder.to(device, memory_format=torch.channels_last)
     for data in open_sets(config):
         splits, columns = [data.indices(s) for s in ("train", "val", "test")], {}
         if not data.findings or not all(map(len, splits)):
@@ -2009,9 +2063,13 @@ def measure_form(name, config):
 def bench_parts(config, device):
     """The parts of a step, as calls by name, and the parameters of the modules."""
     batch, size, amp = config.batch_size, config.size, autocast(device, config.amp)
-    bare, model = (build_form(name, config, device) for name in (BARE, FAST))
+    bare, model, literal = (build_form(name, config, device) for name in (BARE, FAST, LITERAL))
+    still = [build_form(name, config, device).encoder.eval() for name in (BARE, FAST)]
     views = torch.randn(2, batch, 3, size, size, device=device)
-    images, rows = torch.randint(256, (16 * batch, 256, 256)).byte(), torch.randperm(16 * batch)
+    images, step = torch.randint(256, (16 * batch, 256, 256)).byte(), count()
+    file = tempfile.NamedTemporaryFile(suffix=".npy")
+    np.save(file.name, images)  # read as a prepared set is, through a memory map
+    mapped = SimpleNamespace(images=torch.from_numpy(np.load(file.name, mmap_mode="c")), file=file)
     theirs = {"num_workers": 2, "collate_fn": partial(torchvision_views, size=size)}
     theirs = torch.utils.data.DataLoader(images, batch, **theirs)
     ours, blocks = RandomViews(size), model.encoder.context
@@ -2020,8 +2078,11 @@ def bench_parts(config, device):
     with torch.no_grad(), amp:
         encoded = [model.encoder(view) for view in views]
         z = model.embed(*[model.pool(*e) for e in encoded])
+    plain = [(h.float(), [x.float().contiguous() for x in maps]) for h, maps in encoded]
     parts = {
-        "read": lambda: images[rows[:batch]],
+        "read": lambda: gather_images(
+            [mapped], torch.randint(16 * batch, (batch,), generator=generator("read", next(step)))
+        ),
         "views": lambda: ours(images[:batch].to(device), generator("bench")),
         "views, torchvision": lambda: list(theirs),
         "encoder": lambda: [bare.encoder(view) for view in views],
@@ -2030,9 +2091,15 @@ def bench_parts(config, device):
         ],
         "heads": lambda: model.embed(*[model.pool(*e) for e in encoded]),
         "losses": lambda: mlvicx_loss(*z),
+        "heads, literal": lambda: literal.embed(*[literal.pool(*e) for e in plain]),
+        "losses, literal": lambda: mlvicx_loss(*z, covariance=covariance_literal),
+        "inference, no blocks": lambda: [still[0](view) for view in views],
+        "inference": lambda: [still[1](view) for view in views],
         "LARS": LARS(model.parameters()).step,
     }
-    parts |= {name: torch.no_grad()(amp(parts[name])) for name in FORWARD}
+    fast = (*FORWARD, "inference, no blocks", "inference")
+    parts |= {name: torch.no_grad()(amp(parts[name])) for name in fast}
+    parts |= {name: torch.no_grad()(parts[name]) for name in ("heads, literal", "losses, literal")}
     modules = {"backbone": bare, "blocks": blocks}
     modules |= {"global head": model.global_head, "local head": model.local_head}
     return parts, {k: sum(p.numel() for p in v.parameters()) for k, v in modules.items()}
@@ -2070,6 +2137,7 @@ def bench(config):
     table.loc["backward", "seconds"] = t[FAST] - forward
     table["images_per_second"], table["over_resnet"] = config.batch_size / form, form / t[BARE]
     table["literal_over_it"] = t[LITERAL] / form
+    table.insert(0, "ms", 1000 * t)
     ratios = {
         "whole step with LARS, literal / fast": (t[LITERAL] + t["LARS"]) / (t[FAST] + t["LARS"]),
         "the same, memory kept for both": (t[KEPT] + t["LARS"]) / (t[FAST] + t["LARS"]),
@@ -2078,7 +2146,7 @@ def bench(config):
         "torchvision's views / ours": t["views, torchvision"] / t["views"],
         "read + views, share of a step": (t["read"] + t["views"]) / (t[FAST] + t["LARS"]),
         "training, with blocks / without": t[FAST] / t["MLVICX, none"],
-        "inference, with blocks / without": 1 + t["context-bottlenecks"] / t["encoder"],
+        "inference, with blocks / without": t["inference"] / t["inference, no blocks"],
         "backward / forward": t[FAST] / forward - 1,
     }
     multiply_adds = {}
@@ -2088,10 +2156,10 @@ def bench(config):
         multiply_adds[name] = counter.get_total_flops() // (4 * config.batch_size)
     result = {"ratios": ratios, "parameters": parameters, "multiply_adds": multiply_adds}
     print("forward and backward of each form, then the parts of a step")
-    print(table.to_string(float_format="{:.4g}".format, na_rep=""))
+    print(table.drop(columns="seconds").to_string(float_format="{:.4g}".format, na_rep=""))
     print(json.dumps(result, indent=1))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    result |= {"config": asdict(config), "torch": torch.__version__, "device": name}
+    about = {"torch": torch.__version__, "device": device_name(device)}
+    result |= {"config": asdict(config), "threads": torch.get_num_threads()} | about
     rows = json.loads(table.to_json(orient="index", double_precision=15))
     result |= {"steps": {name: rows.pop(name) for name in forms}, "parts": rows}
     if config.out:

@@ -488,6 +488,8 @@ def test_cosine_schedule_warms_up_and_ends_at_exactly_the_floor():
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert m.cosine_schedule(54.5, 100, 10, 1.0, floor=0) == pytest.approx(0.5)
     assert m.cosine_schedule(0, 1, 0, 1.0) == 0.001
+    short = [m.cosine_schedule(i, 6, 10, 1.0) for i in range(6)]  # a warm-up longer than the run
+    assert short[2] == 1.0 and short[-1] == 0.001
 
 
 # ---------------------------------------------------------------- 9. data and views
@@ -688,7 +690,11 @@ def run_pretrain(*extra, out="runs/toy"):
 def test_pretraining_writes_its_folder_and_reports_the_probe(place, capsys):
     assert run_pretrain("--knn-every", "1") == 0
     shown = capsys.readouterr().out
-    assert "random" in shown and "learned" in shown
+    assert re.search(r"epoch 1/2  loss \d.*global: invariance \d.* local: .*covariance \d", shown)
+    mean = re.search(r"\n +random  learned\nmean +([\d.]+) +([\d.]+)\n", shown).groups()
+    for weights, value in zip(("random", "runs/toy/encoder.pt"), mean, strict=True):
+        probe = evaluate("classify", "--weights", weights, "--out", f"runs/{value}")
+        assert probe["test"]["mean_auroc"]["mean"] == pytest.approx(float(value), abs=6e-4)
     names = {p.name for p in (place / "runs" / "toy").iterdir()}
     assert {"config.json", "metrics.csv", "curves.png", "last.pt", "encoder.pt"} <= names
     table = pd.read_csv("runs/toy/metrics.csv")
@@ -700,7 +706,8 @@ def test_pretraining_writes_its_folder_and_reports_the_probe(place, capsys):
     assert table["knn_auroc"].between(0, 1).all()
     weighted = table["loss_global"] + table["loss_local"]
     assert np.allclose(table["loss"], weighted, rtol=1e-5)
-    assert run_pretrain("--knn-every", "1") == 0  # finished: it says so and trains nothing
+    assert run_pretrain("--knn-every", "1") == 0
+    assert "finished" in capsys.readouterr().out  # and trains nothing
     assert pd.read_csv("runs/toy/metrics.csv").equals(table)
 
 
@@ -712,6 +719,9 @@ def test_training_never_sees_test_images_or_excluded_ones(place):
     assert len(rows) == 2 * len(data.indices("train", "val"))
     Path("skip.txt").write_text("i0000\ni0001\n")
     assert len(m.pretraining_rows([data], "skip.txt")[0]) == len(data.indices("train", "val")) - 2
+    Path("skip.txt").write_text("another name\n")
+    with pytest.raises(m.UserError, match="another name"):
+        m.pretraining_rows([data], "skip.txt")
 
 
 def test_a_change_of_settings_is_refused_and_named(place, capsys):
@@ -729,6 +739,8 @@ def test_a_batch_that_the_set_or_batchnorm_cannot_give_is_refused(place, capsys)
     for size in (1, 1000):
         args = ("pretrain", "--data", "toy", *SMALL, "--batch-size", size)
         assert "--batch-size" in refused(capsys, *args)
+    for name in ("classify", "segment", "bench"):
+        assert "--batch-size" in refused(capsys, name, "--batch-size", 1)
 
 
 def test_exact_resume(place, monkeypatch):
@@ -797,7 +809,7 @@ def test_a_flipped_bit_or_a_cut_anywhere_is_found(place):
                 m.load_checkpoint("x.pt")
 
 
-def test_damaged_checkpoints_are_found_and_the_previous_one_taken(place, capsys):
+def test_fault8_damaged_checkpoints_are_found_and_the_previous_one_taken(place, capsys):
     assert run_pretrain() == 0
     reference = Path("runs/toy/metrics.csv").read_text()
     good = Path("runs/toy/last.pt").read_bytes()
@@ -869,7 +881,7 @@ if mode in ("before", "between", "after"):
         if count[0] == 2: os._exit(9)
     os.replace = dying
 if mode == "naive":
-    with Killer(open(name, "w+b"), left // 2) as f: torch.save(state, f)
+    with Killer(open(name, "w+b"), left) as f: torch.save(state, f)
 else:
     m.save_checkpoint(name, state, keep_previous=True)
 """
@@ -881,6 +893,9 @@ def test_killed_at_any_byte_the_last_checkpoint_or_the_one_before_loads(place, m
     folder.mkdir()
     m.save_checkpoint(folder / "last.pt", {"x": torch.full((5000,), 1.0), "turn": 1})
     whole = (folder / "last.pt").stat().st_size
+    plain = io.BytesIO()
+    torch.save({"x": torch.full((5000,), 2.0), "turn": 2}, plain)
+    whole = len(plain.getvalue()) if mode == "naive" else whole
     for left in (0, 1, whole // 2, whole - 1) if mode in ("bytes", "naive") else (0,):
         call = [sys.executable, "-c", KILLER, mode, str(left), "run/last.pt"]
         done = subprocess.run(call, env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True)
@@ -952,27 +967,39 @@ def test_pretraining_without_the_right_to_write_is_one_line(place):
     assert not list(Path("runs/open").glob("*.tmp"))
 
 
-def test_two_thousand_steps_with_no_growth_of_memory_or_open_files():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.BatchNorm1d(8))
-    optimizer, watch, seen = m.LARS(model.parameters(), lr=0.01), m.FiniteWatch(), []
-    views = m.RandomViews(32)
-    images = torch.randint(0, 256, (4, 40, 40), dtype=torch.uint8)
+class Tiny(torch.nn.Module):
+    """Stands in for the model, so that two thousand steps of the real loop take seconds."""
 
-    def load(step):
-        return step, views(images, m.generator(0, "views", step))
+    arch, channels = {}, [8]
 
-    for step, (v1, v2) in m.prefetch(load, range(2000)):
-        z1, z2 = (model(v[:, 0, :8, :8].mean(1)) for v in (v1, v2))
-        loss, log = m.mlvicx_loss((z1, z2))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        watch.push(step, log)
-        if step in (500, 1999):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Sequential(
+            torch.nn.Linear(64, 8, bias=False), torch.nn.BatchNorm1d(8)
+        )
+        self.encoder, self.context = self.layer, "none"
+        self.layer.arch = {}
+
+    def forward(self, view1, view2):
+        z = [self.layer(v[:, 0, :8, :8].flatten(1)) for v in (view1, view2)]
+        return z, None
+
+
+def test_two_thousand_steps_with_no_growth_of_memory_or_open_files(place, monkeypatch):
+    write_set(place / "data" / "many", n=5000, size=32)
+    seen, step = [], m.Trainer.train_step
+    monkeypatch.setattr(m, "build_model", lambda config: Tiny())
+
+    def watched(self, *args):
+        if self.step in (500, 1999):
             status = Path("/proc/self/status").read_text()
             memory = int(status.split("VmRSS:")[1].split()[0]) / 1024
             seen.append((memory, len(os.listdir("/proc/self/fd"))))
+        return step(self, *args)
+
+    monkeypatch.setattr(m.Trainer, "train_step", watched)
+    args = dict(data="many", size=32, batch_size=4, epochs=2, embedding_dim=8, knn_every=0)
+    m.pretrain(m.PretrainConfig(**args, warmup_epochs=0.1, lr=0.1))
     (memory, files), (memory_end, files_end) = seen
     assert memory_end - memory < 20 and files_end <= files + 2
 
@@ -1128,6 +1155,54 @@ def test_imagenet_weights_without_network_are_one_clear_line(place, monkeypatch,
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     args = ("pretrain", "--data", "toy", *SMALL, "--init", "imagenet")
     assert "ImageNet" in refused(capsys, *args)
+    assert m.main([*args[:-1], "random"]) == 0  # the refusal left no run folder behind
+
+
+def test_imagenet_weights_are_torchvisions(place, monkeypatch):
+    theirs = torchvision.models.resnet18()
+    enum = torchvision.models.ResNet18_Weights
+    monkeypatch.setattr(enum, "get_state_dict", lambda *a, **k: theirs.state_dict())
+    model = m.build_model(m.PretrainConfig(init="imagenet", embedding_dim=8))
+    encoder, origin = m.load_encoder("imagenet", m.ClassifyConfig())
+    for found in (model.encoder.state_dict(), encoder.state_dict()):
+        assert {k for k in theirs.state_dict() if k not in found} == {"fc.weight", "fc.bias"}
+        assert all(torch.equal(found[k], v) for k, v in theirs.state_dict().items() if k in found)
+    assert encoder.arch["context"] == "none" and not origin
+
+
+def test_a_local_weight_of_zero_builds_no_local_head():
+    heads = [m.build_model(m.PretrainConfig(embedding_dim=8, local_weight=w)) for w in (0.0, 0.5)]
+    assert not any("local_head" in name for name, _ in heads[0].named_parameters())
+    assert any("local_head" in name for name, _ in heads[1].named_parameters())
+
+
+def test_deterministic_runs_avoid_the_pool_that_cuda_cannot_repeat(monkeypatch):
+    torch.manual_seed(0)
+    block, x = m.ChannelAttention(8), torch.randn(2, 8, 5, 5, requires_grad=True)
+    plain = block(x)
+    slope = torch.autograd.grad(plain.square().sum(), x)[0]
+    monkeypatch.setattr(F, "adaptive_max_pool2d", None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        other = block(x)
+        same = torch.autograd.grad(other.square().sum(), x)[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(plain, other) and torch.allclose(slope, same)
+
+
+def test_a_compiled_run_is_the_run(place, monkeypatch):
+    assert run_pretrain("--epochs", "1", out="runs/plain") == 0
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(  # the program as a graph, run without a C++ compiler
+        torch, "compile", lambda f: compiled.append(f) or compile(f, backend="aot_eager")
+    )
+    assert run_pretrain("--epochs", "1", "--compile", out="runs/compiled") == 0
+    a, b = (pd.read_csv(f"runs/{name}/metrics.csv") for name in ("plain", "compiled"))
+    assert len(compiled) == 1 and list(a) == list(b)
+    assert np.allclose(a, b, rtol=1e-3, equal_nan=True)
+    states = [m.load_checkpoint(f"runs/{name}/encoder.pt") for name in ("plain", "compiled")]
+    assert states[0]["encoder"].keys() == states[1]["encoder"].keys()
 
 
 DDP = """
@@ -1349,6 +1424,8 @@ def test_fault5_frozen_is_frozen_every_parameter_and_buffer(trained, monkeypatch
     encoder, before = kept[-1]
     moved = [k for k, v in encoder.state_dict().items() if not torch.equal(v, before[k])]
     assert {"conv1.weight", "bn1.running_mean", "layer4.1.conv2.weight"} <= set(moved)
+    blocks = [k for k in before if k.startswith("context.")]
+    assert blocks and set(blocks) <= set(moved)
 
 
 def test_fault6_validation_is_whole_and_never_flipped(trained):
@@ -1361,6 +1438,16 @@ def test_fault6_validation_is_whole_and_never_flipped(trained):
     assert torch.equal(whole, again)
     plain = encoder.eval()(m.normalise(m.resize_images(data.images[val], 32)))[0]
     assert torch.allclose(whole, plain, atol=1e-4)
+
+
+def test_a_single_labelled_image_is_refused_and_an_odd_one_is_kept(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    data, config = m.PreparedData("toy"), m.ClassifyConfig(size=32, epochs=1, batch_size=2)
+    model = m.Classifier(m.Encoder(), 2)
+    given = (model, data.images, data.labels, m.masked_bce, lambda: 0.5)
+    with pytest.raises(m.UserError, match="--labels"):
+        m.fit(*given, torch.arange(1), config, ("one",))
+    m.fit(*given, torch.arange(5), config, ("five",))  # 2 + 3, for BatchNorm on 1 x 1 maps
 
 
 def test_fault7_scores_stand_under_the_name_of_their_own_label(trained, monkeypatch):
@@ -1429,6 +1516,23 @@ def test_interval_is_a_bootstrap_over_patients():
     together = m.interval(runs, np.repeat([0, 1], 5), mean)[0]
     assert together["ci95"] == [2.5, 7.5]  # two patients: both, or one of them twice
     assert m.interval(runs[:1], np.arange(10), mean)[0]["std"] is None
+    pairs = [np.full(10, v) for v in (0.0, 4.0, 1.0, 5.0)]  # two encoders, two runs of each
+    assert m.interval(pairs, np.arange(10), mean, 2)[0]["std"] == pytest.approx(math.sqrt(0.5))
+
+
+def test_several_initialisations_are_judged_on_the_same_labels(trained, monkeypatch, tmp_path):
+    monkeypatch.chdir(trained)
+    rows, subset = [], m.label_subset
+    monkeypatch.setattr(m, "label_subset", lambda *a: rows.append(subset(*a)) or rows[-1])
+    both = evaluate(
+        "classify", "--weights", "random,random", "--labels", 0.5, "--out", tmp_path / "two"
+    )
+    assert torch.equal(*rows)
+    scores = [np.load(tmp_path / "two" / f"unit-{i}-0.npy") for i in (0, 1)]
+    assert not np.array_equal(*scores)
+    single = evaluate("classify", "--weights", "random", "--labels", 0.5, "--out", tmp_path / "one")
+    assert np.array_equal(scores[0], np.load(tmp_path / "one" / "unit-0-0.npy"))
+    assert single["test"]["mean_auroc"]["std"] is None and both["test"]["mean_auroc"]["std"] > 0
 
 
 def test_segment_results_and_threshold_free_of_test(trained, monkeypatch):
@@ -1457,6 +1561,123 @@ def test_segment_chooses_by_the_pooled_dice_of_validation(trained, monkeypatch):
     values[2] = np.nan  # nothing to find and nothing found
     evaluate("segment", "--epochs", "1", "--out", "runs/pooled2")
     assert scores == [0.25, 1.0]
+
+
+@pytest.mark.parametrize("mode", ["frozen", "finetune"])
+@pytest.mark.parametrize("task", ["classify", "segment"])
+def test_the_labels_and_masks_of_the_test_set_decide_nothing(trained, monkeypatch, task, mode):
+    """Strength, epoch and threshold come from validation: other test labels, the same outputs."""
+    monkeypatch.chdir(trained)
+    if not Path("data/other").exists():
+        shutil.copytree("data/toy", "data/other")
+        table = pd.read_csv("data/other/labels.csv")
+        test = (table["split"] == "test").to_numpy()
+        table.loc[test, ["A", "B"]] = 1 - table.loc[test, ["A", "B"]]
+        table.to_csv("data/other/labels.csv", index=False)
+        masks = np.load("data/other/masks.npy")
+        masks[test] = 1 - masks[test]
+        np.save("data/other/masks.npy", masks)
+    states, predict = {}, m.predict
+    for name in ("toy", "other"):
+        seen = states[name] = []
+        monkeypatch.setattr(m, "predict", lambda *a, **k: seen.append(predict(*a, **k)) or seen[-1])
+        args = [task, "--data", name, "--size", "32", "--mode", mode, "--epochs", "2"]
+        args += ["--weights", "runs/toy/encoder.pt", "--out", f"runs/{task}-{mode}-{name}"]
+        assert m.main(args) == 0
+        unit = torch.from_numpy(np.load(f"{args[-1]}/unit-0-0.npy"))
+        if task == "segment":  # the last prediction is for the picture of best, median and worst
+            seen[-1] = unit[:, 1]  # pixels above the threshold
+        else:
+            seen[:] = [unit]
+    assert len(states["toy"]) == len(states["other"]) > 0
+    assert all(map(torch.equal, states["toy"], states["other"]))
+    results = [json.loads(Path(f"runs/{task}-{mode}-{n}/results.json").read_text()) for n in states]
+    assert results[0]["test"] != results[1]["test"]
+
+
+def test_the_strength_of_the_probe_is_the_best_on_validation():
+    torch.manual_seed(0)
+    x, x_val = torch.randn(60, 30), torch.randn(400, 30)
+    truth = lambda z: (z[:, :1] > 0).float()  # noqa: E731
+    y, strengths, chosen = truth(x), (30.0, 1.0, 1e-4), set()
+    y[::5] = 1 - y[::5]  # noise, which weak regularisation learns by heart
+    for shift in (0, 1):  # validation that asks for the signal, or for the noise learned by heart
+        given = (x_val, truth(x_val)) if shift == 0 else (x, y)
+        fits = [m.linear_probe(x, y, *given, strengths=(s,)) for s in strengths]
+        scores = [
+            m.auroc((given[0] @ w.T + b).numpy()[:, 0], given[1].numpy()[:, 0]) for w, b in fits
+        ]
+        weight, _ = m.linear_probe(x, y, *given, strengths=strengths)
+        chosen.add(int(np.argmax(scores)))
+        nearest = np.argmin([float((weight - w).norm()) for w, _ in fits])
+        assert nearest == np.argmax(scores)
+    assert len(chosen) == 2
+
+
+def test_fine_tuning_ends_with_the_weights_of_its_best_epoch(trained):
+    data, config = m.PreparedData("toy", trained / "data"), m.ClassifyConfig(size=32, patience=2)
+    model = m.Classifier(m.Encoder(context="none"), 2)
+    scores, states = iter([0.6, 0.9, 0.7, 0.8, 0.99]), []
+
+    def score():
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        return next(scores)
+
+    m.fit(model, data.images, data.labels, m.masked_bce, score, torch.arange(8), config, ("best",))
+    assert len(states) == 4  # two epochs without a better score
+    assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--backbone resnet34 --context side",
+        "--backbone resnet50 --context none",
+        "--context side --levels 2,5 --attention channel",
+    ],
+)
+def test_every_encoder_that_pretrain_writes_can_be_judged(place, flags):
+    assert run_pretrain(*flags.split(), "--epochs", "1") == 0
+    for task, mode, name in (
+        ("classify", "finetune", "mean_auroc"),
+        ("segment", "frozen", "dice_pooled"),
+    ):
+        r = evaluate(task, "--mode", mode, "--epochs", "1", "--out", f"runs/{task}")
+        assert 0 <= r["test"][name]["mean"] <= 1
+
+
+def test_predict_gives_the_models_probabilities_of_every_kind_of_file(place, capsys):
+    rng, raw = np.random.default_rng(0), place / "raw"
+    raw.mkdir()
+    for k in range(40):
+        image = np.kron(rng.integers(1, 255, (8, 8)), np.ones((9, 9))).astype(np.uint8)
+        image[:9, :9], image[-9:, -9:] = 0, 255  # what DICOM files are stretched to
+        Image.fromarray(image).save(raw / f"i{k:02d}.png")
+    rows = [f"i{k:02d}.png,{k % 2}" for k in range(40)]
+    write(raw / "labels.csv", "image,F", *rows)
+    prep("folder", "--raw", raw, "--csv", "labels.csv", "--out", "data/mine", "--size", 64)
+    args = ["classify", "--data", "mine", "--size", "32", "--out", "runs/mine"]
+    assert m.main(args) == 0
+    new = place / "new"
+    new.mkdir()
+    shutil.copy(raw / "i00.png", new / "a.png")
+    picture = np.asarray(Image.open(raw / "i01.png"))
+    Image.fromarray(picture).save(new / "b.jpg", quality=100)
+    save_dicom(picture, new / "c.dcm")
+    (new / "d.png").write_bytes((raw / "i02.png").read_bytes()[:200])
+    capsys.readouterr()
+    args = ["classify", "--predict", "new", "--weights", "runs/mine/classifier.pt"]
+    assert m.main([*args, "--out", "scores.csv"]) == 0
+    assert "d.png" in capsys.readouterr().err
+    found = pd.read_csv("scores.csv", index_col="image")["F"]
+    assert list(found.index) == ["a.png", "b.jpg", "c.dcm"]
+    data, state = m.PreparedData("mine"), m.load_checkpoint("runs/mine/classifier.pt")
+    model = m.Classifier(m.Encoder(**state["arch"]), 1)
+    model.load_state_dict(state["classifier"])
+    rows = torch.tensor([list(data.names).index(f"i0{k}.png") for k in (0, 1, 1)])
+    expected = m.predict(model, data.images, rows, 32, torch.device("cpu")).sigmoid()[:, 0]
+    assert np.allclose(found[["a.png", "c.dcm"]], expected[[0, 2]], atol=1e-5)
+    assert abs(found["b.jpg"] - expected[1]) < 0.05 and expected.std() > 1e-4
 
 
 def test_segment_without_masks_is_refused(trained, monkeypatch, capsys):
@@ -1512,11 +1733,28 @@ def test_spatial_maps_are_one_a_level():
 def test_overlap_of_pretraining_and_test_pictures_is_said(capsys):
     for seen, judged, warns in (
         (["nih"], "rsna", True), (["chestmnist"], "siim", True), (["nih"], "chestmnist", True),
+        (["rsna"], "siim", True), (["siim"], "nih", True), (["vinbig"], "nih", False),
         (["chestmnist"], "nih", True), (["nih"], "nih", False), (["nih"], "vinbig", False),
         (["demo"], "siim", False),
     ):  # fmt: skip
         m.warn_overlap(seen, judged)
         assert ("warning" in capsys.readouterr().err) == warns
+
+
+def test_overlap_is_found_whatever_the_folders_are_called(place, capsys):
+    for name, command in (("toy", "nih"), ("mine", "rsna")):
+        if name != "toy":
+            write_set(place / "data" / name)
+        path = Path("data", name, "meta.json")
+        meta = json.loads(path.read_text()) | {"options": {"command": command}}
+        path.write_text(json.dumps(meta))
+    assert run_pretrain("--epochs", "1") == 0
+    given = ["--size", "32", "--weights", "runs/toy/encoder.pt", "--epochs", "1"]
+    for verb in ("classify", "segment"):
+        assert m.main([verb, "--data", "toy", *given]) == 0
+        assert "warning" not in capsys.readouterr().err
+        assert m.main([verb, "--data", "mine", *given]) == 0
+        assert "rsna holds NIH images, as nih does" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- 12. command line
@@ -2390,6 +2628,15 @@ def test_torn_tails_are_cut_off(whole_demo, tmp_path):
             f.write(tail)
     prep("demo", "--count", COUNT, "--size", 32, "--out", out)
     assert content(out) == whole_demo
+
+
+def test_a_second_preparation_of_one_folder_is_refused(tmp_path, capsys):
+    process = start_demo(tmp_path / "demo")
+    wait_for_rows(tmp_path / "demo", 100)
+    line = prep_refused(capsys, "demo", "--count", 9, "--out", tmp_path / "demo")
+    assert "another process" in line
+    process.kill()
+    process.communicate()
 
 
 def test_two_workers_give_the_bytes_of_one(whole_demo, tmp_path):
@@ -3721,6 +3968,13 @@ def test_real_tables_of_vinbig_give_every_published_count(readers, tmp_path):
     assert list(map(int, [known[0], *known[2:]])) == [15_000, *counts]
     if readers == "any":
         assert (table[dp.VINBIG_FINDINGS].sum(axis=1) == 0).sum() == 10_606 == int(known[1])
+    rows = pd.read_csv(tmp_path / "train.csv")
+    none = rows["class_name"] == "No finding"
+    assert len(rows) == 67_914 and rows["rad_id"].nunique() == 17
+    assert (rows.groupby("image_id")["rad_id"].nunique() == 3).all()
+    assert rows["x_min"].isna().eq(none).all()
+    assert set(rows["image_id"][none]).isdisjoint(rows["image_id"][~none])
+    assert rows["image_id"][none].nunique() == 10_606
 
 
 @real
@@ -3812,6 +4066,8 @@ def test_readme_lists_exactly_the_deviations():
 def test_readme_names_only_tests_that_exist():
     named = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text()))
     assert len(named) > 30 and named <= set(globals())
+    faults = {name[:11] for name in globals() if name.startswith("test_fault")}
+    assert faults == {f"test_fault{k}" for k in range(1, 10)}
 
 
 def readme_blocks(language):

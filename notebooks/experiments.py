@@ -32,14 +32,15 @@ import mlvicx as m
 RESULTS, RUNS = HERE / "results", Path("runs/experiments")
 COMMON = "--amp bf16 --knn-every 1"  # bf16 halves the time on a CPU that has it
 VICREG = "--context none --local-weight 0"
-METHODS = {
-    "random": None,
+RANDOM = {"random": "--context inline", "random, no blocks": "--context none"}
+METHODS = RANDOM | {
     "VICReg": f"{VICREG} --no-final-bn",
     "VICReg, last BatchNorm": VICREG,
-    "MLVICX": "",
+    "MLVICX": "--context inline",
+    "MLVICX, side": "--context side",
 }
-# The ablations keep the recipe at which the sweep began; it then found a stronger jitter better.
-ABLATION = "--jitter 0.2"
+# The ablations keep the recipe at which the sweep began; the preset has since become another.
+ABLATION = "--jitter 0.2 --context inline"
 REPEATED = {  # three pre-trainings each
     "random": None,
     "reference": "",
@@ -87,11 +88,16 @@ TASKS = {  # what is judged: command, flags, shares of labels
     "nih256": ("classify", "--data nih256 --findings Pneumonia --size 64", SHARES[1:]),
     "lungs": ("segment", "--data shenzhen --size 64", SHARES[1:]),
 }
-# Sets to pre-train on, their flags, and the tasks judged with the result.
+# Sets to pre-train on, their flags, the tasks judged with the result, the methods compared.
 STUDIES = {
-    "demo": ("demo", "", ("demo",)),
-    "real": ("kermany,shenzhen,nih256", REAL, ("kermany", "shenzhen", "nih256", "lungs")),
-    "transfer": ("kermany,nih256", REAL, ("shenzhen",)),
+    "demo": ("demo", "", ("demo",), METHODS),
+    "real": (
+        "kermany,shenzhen,nih256",
+        REAL,
+        ("kermany", "shenzhen", "nih256", "lungs"),
+        ("random", "VICReg", "VICReg, last BatchNorm", "MLVICX"),
+    ),
+    "transfer": ("kermany,nih256", REAL, ("shenzhen",), ("MLVICX",)),
 }
 
 # Runs of notebook 03, by name of the log: images, and what differs from the demo preset.
@@ -117,7 +123,7 @@ def folder(*names):
 
 def pretrained(study, method, flags, seed):
     """Pre-trains once and for all; returns the encoder file."""
-    data, common, _ = STUDIES[study]
+    data, common = STUDIES[study][:2]
     out = folder(study, method, seed)
     if not (out / "done").exists():
         command(f"pretrain --data {data} {common} {COMMON} {flags} --seed {seed} --out {out}")
@@ -128,16 +134,16 @@ def pretrained(study, method, flags, seed):
 def jobs(study):
     """Every job that a table lacks, as (function without arguments, name), pre-trainings first."""
     modes = ("frozen",) if study == "transfer" else ("frozen", "finetune")
-    methods = ("MLVICX",) if study == "transfer" else METHODS
+    tasks, methods = STUDIES[study][2:]
     cells = [
         (task, mode, share, method)
-        for mode, task in itertools.product(modes, STUDIES[study][2])
+        for mode, task in itertools.product(modes, tasks)
         for share, method in itertools.product(TASKS[task][2], methods)
     ]
     known = finished(study)
     cells = [cell for cell in cells if cell not in known]
     for seed in range(3):
-        for method in dict.fromkeys(cell[-1] for cell in cells if cell[-1] != "random"):
+        for method in dict.fromkeys(cell[-1] for cell in cells if cell[-1] not in RANDOM):
             yield lambda a=(method, METHODS[method], seed): pretrained(study, *a), (method, seed)
     for cell in cells:
         yield lambda cell=cell: judge(study, *cell), cell
@@ -149,11 +155,15 @@ def judge(study, task, mode, share, method):
     if (task, mode, share, method) in finished(study):
         return
     made = [folder(study, method, seed) for seed in range(3)]
-    if method != "random" and not all((p / "done").exists() for p in made):
+    if method not in RANDOM and not all((p / "done").exists() for p in made):
         raise m.UserError("its pre-trainings are not finished")
-    weights = ",".join(f"{p}/encoder.pt" for p in made)
-    words = f"{verb} {flags} --mode {mode} --labels {share:g} --amp bf16"
-    words += " --weights random --seeds 3" if method == "random" else f" --weights {weights}"
+    words = f"{verb} {flags} --mode {mode} --labels {share:g} --amp bf16 "
+    words += "--seeds 3 " * (study == "demo" and mode == "frozen")  # three subsets of the labels
+    words += "--weights "
+    if method in RANDOM:
+        words += f"random,random,random {RANDOM[method]}"
+    else:
+        words += ",".join(f"{p}/encoder.pt" for p in made)
     if mode == "finetune" or verb == "segment":
         words += f" --epochs {EPOCHS[verb][share]}"
     found = command(f"{words} --out {out}")
@@ -166,13 +176,14 @@ def judge(study, task, mode, share, method):
 
 
 def group_means(out, data):
-    """Mean test AUROC of coarse and of fine findings: mean and std over the runs of a cell."""
+    """Test AUROC, mean over coarse and over fine findings: mean, std, and value of each encoder."""
     y, found, groups = data.labels[data.indices("test")], {}, data.meta.get("groups", {})
     units = sorted(out.glob("unit-*.npy")) if groups else []
     runs = [m.finding_aurocs(np.load(path), y)[1:] for path in units]
     for group, names in groups.items():
         means = [np.mean([run[data.findings.index(name)] for name in names]) for run in runs]
-        found[group] = {"mean": np.mean(means), "std": np.std(means, ddof=1)}
+        each = np.reshape(means, (3, -1)).mean(1)  # over the subsets of an encoder
+        found[group] = {"mean": np.mean(each), "std": np.std(each, ddof=1), "each": each.tolist()}
     return found
 
 
@@ -212,8 +223,7 @@ def variant_rows(name, flags, seed):
     out, metrics = folder("variant", name, seed), {}
     weights = "random"
     if flags is not None:
-        flags = f"{ABLATION} {flags}"
-        command(f"pretrain {COMMON} {flags} --seed {seed} --out {out}")
+        command(f"pretrain {COMMON} {ABLATION} {flags} --seed {seed} --out {out}")
         weights = f"{out}/encoder.pt"
         last = m.pd.read_csv(out / "metrics.csv").iloc[-1]
         metrics = {k: last.get(k) for k in ("rank_global", "rank_local", "knn_auroc", "val_loss")}

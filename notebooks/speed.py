@@ -68,6 +68,7 @@ def evaluation():
         "probe, 86,524 x 512 features, 14 findings, seconds": probe,
         "features of 1,024 images of 256 px seen at 224, seconds": ours,
         "features over bare forward passes": ours / bare,
+        "processor": m.device_name(torch.device("cpu")),
     }
 
 
