@@ -4070,6 +4070,20 @@ def test_readme_names_only_tests_that_exist():
     assert faults == {f"test_fault{k}" for k in range(1, 10)}
 
 
+def test_the_tables_are_those_of_the_logs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "notebooks")
+    import experiments
+
+    kept = (HERE / "notebooks" / "results" / "tables.md").read_text()
+    shutil.copytree(HERE / "notebooks" / "results", tmp_path / "results")
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
+    experiments.tables()
+    assert (tmp_path / "results" / "tables.md").read_text() == kept
+    rows = tuple(f"| {name} |" for name in experiments.METHODS)
+    quoted = [s for s in (HERE / "README.md").read_text().splitlines() if s.startswith(rows)]
+    assert len(quoted) > 30 and set(quoted) <= set(kept.splitlines())
+
+
 def readme_blocks(language):
     """The fenced blocks of README.md in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)

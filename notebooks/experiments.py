@@ -5,6 +5,7 @@
     python notebooks/experiments.py real             # the same on real X-rays: real.json
     python notebooks/experiments.py transfer         # pre-trained without the judged set
     python notebooks/experiments.py floors           # what 16 x 16 pixels alone give: floors.json
+    python notebooks/experiments.py supervised       # what all labels give: supervised.json
     python notebooks/experiments.py tables           # all of it as tables: tables.md
     python notebooks/experiments.py failures         # logs that notebook 03 diagnoses
 
@@ -50,6 +51,7 @@ REPEATED = {  # three pre-trainings each
     "channel alone": "--attention channel",
     "spatial alone": "--attention spatial",
     "blocks at the side": "--context side",
+    "side, jitter 0.4": "--context side --jitter 0.4",
     "level 5 alone": "--levels 5",
     "blocks, lambda 0": "--local-weight 0",
     "identical views": "--identical-views",
@@ -76,6 +78,7 @@ ONCE = {  # one pre-training each
     "solarize 0.2": "--solarize 0.2",
 }
 SHARES = (0.01, 0.1, 0.3, 1)
+COLUMNS = [*itertools.product(("frozen", "finetune"), SHARES)]
 # Epochs of fine-tuning, and of a decoder, by share of labels: few images need more of them.
 EPOCHS = {"classify": {0.01: 12, 0.1: 10, 0.3: 6, 1: 4}, "segment": {0.1: 40, 0.3: 20, 1: 12}}
 # The demo preset's rates for real X-rays, with milder crops than the authors'.
@@ -287,6 +290,15 @@ def floors():
         f.write(json.dumps(found, indent=1).encode())
 
 
+def supervised():
+    """What labels alone can do on the demo set, larger and longer: results/supervised.json."""
+    words = "classify --data demo --mode finetune --weights random --context none --size 128 "
+    words += "--epochs 30 --patience 10 --lr 0.001 --amp bf16"
+    found = command(f"{words} --out {folder('supervised')}")
+    with m.replacing(RESULTS / "supervised.json") as f:
+        f.write(json.dumps({"command": words} | found, indent=1).encode())
+
+
 def failures():
     """Writes the metrics.csv of small runs, one healthy and others not, to results/logs/."""
     data = m.PreparedData("demo")
@@ -318,18 +330,18 @@ def notebook_run(folder, runs):
 
 
 def tables():
-    """Writes results/tables.md: the cells of every study as tables, for the README."""
+    """Writes results/tables.md: the cells of every study as one table, from which README quotes."""
     floor, out = json.loads((RESULTS / "floors.json").read_text()), []
     for path in (RESULTS / f"{study}.json" for study in STUDIES):
         cells = json.loads(path.read_text()) if path.exists() else []
         for task in dict.fromkeys(cell["task"] for cell in cells):
             here = [cell for cell in cells if cell["task"] == task]
             for name, read in measures(here[0]).items():
-                base = floor[task][name]
-                out += ["", f"**{path.stem}, {task}: {name}** (floor {base:.3f})", ""]
-                out += grid(here, read)
+                head, line, *rows = grid(here, read)
+                title = f"**{path.stem}, {task}: {name}**, floor {floor[task][name]:.3f}"
+                out += [f"| {title} |" + " |" * len(COLUMNS), *rows]
     with m.replacing(RESULTS / "tables.md") as f:
-        f.write(("# Tables\n" + "\n".join(out) + "\n").encode())
+        f.write(("# Tables\n\n" + "\n".join([head, line, *out]) + "\n").encode())
 
 
 def measures(cell):
@@ -347,14 +359,13 @@ def measures(cell):
 
 def grid(cells, read):
     """Lines of a table: a row a method, a column a mode and share of labels."""
-    columns = sorted({(c["mode"] == "finetune", c["labels"]) for c in cells})
-    heads = [f"{'fine-tuned' if tuned else 'frozen'} {share:.0%}" for tuned, share in columns]
+    heads = [
+        f"{'fine-tuned' if mode == 'finetune' else mode} {share:.0%}" for mode, share in COLUMNS
+    ]
     lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for method in METHODS:
-        row = {
-            (c["mode"] == "finetune", c["labels"]): read(c) for c in cells if c["method"] == method
-        }
-        texts = [f"{row[k]['mean']:.3f} ± {row[k]['std']:.3f}" if k in row else "" for k in columns]
+        row = {(c["mode"], c["labels"]): read(c) for c in cells if c["method"] == method}
+        texts = [f"{row[k]['mean']:.3f} ± {row[k]['std']:.3f}" if k in row else "" for k in COLUMNS]
         lines += [f"| {method} | " + " | ".join(texts) + " |"] * bool(row)
     return lines
 
@@ -369,6 +380,7 @@ if __name__ == "__main__":
     which, *names = sys.argv[1:] or ["nothing"]
     actions = {
         "floors": floors,
+        "supervised": supervised,
         "tables": tables,
         "failures": failures,
         "variants": lambda: variants(names),
