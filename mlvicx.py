@@ -236,8 +236,8 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x):
         # Same as x.mean and x.amax, whose backward passes each walk the whole map several times.
-        average, most = x.sum((2, 3)) / x[0, 0].numel(), None
-        if torch.are_deterministic_algorithms_enabled():  # CUDA's backward of the pool is not
+        average = x.sum((2, 3)) / x[0, 0].numel()
+        if torch.are_deterministic_algorithms_enabled():  # the pool's backward on CUDA is not
             most = x.flatten(2).max(2).values
         else:
             most = F.adaptive_max_pool2d(x, 1).flatten(1)
@@ -2137,7 +2137,6 @@ def bench(config):
     table.loc["backward", "seconds"] = t[FAST] - forward
     table["images_per_second"], table["over_resnet"] = config.batch_size / form, form / t[BARE]
     table["literal_over_it"] = t[LITERAL] / form
-    table.insert(0, "ms", 1000 * t)
     ratios = {
         "whole step with LARS, literal / fast": (t[LITERAL] + t["LARS"]) / (t[FAST] + t["LARS"]),
         "the same, memory kept for both": (t[KEPT] + t["LARS"]) / (t[FAST] + t["LARS"]),
@@ -2156,7 +2155,8 @@ def bench(config):
         multiply_adds[name] = counter.get_total_flops() // (4 * config.batch_size)
     result = {"ratios": ratios, "parameters": parameters, "multiply_adds": multiply_adds}
     print("forward and backward of each form, then the parts of a step")
-    print(table.drop(columns="seconds").to_string(float_format="{:.4g}".format, na_rep=""))
+    shown = table.assign(seconds=1000 * table["seconds"]).rename(columns={"seconds": "ms"})
+    print(shown.to_string(float_format="{:.4g}".format, na_rep=""))
     print(json.dumps(result, indent=1))
     about = {"torch": torch.__version__, "device": device_name(device)}
     result |= {"config": asdict(config), "threads": torch.get_num_threads()} | about
