@@ -32,7 +32,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -1192,16 +1192,13 @@ def build_model(config):
 
 
 def open_sets(config):
-    """The prepared sets of `--data a,b`; the demo set is drawn on first use, by one process."""
+    """The prepared sets of `--data a,b`; the demo set is drawn on first use."""
     names, demo = config.data.split(","), Path(config.data_root) / "demo"
-    several = dist.is_initialized()
-    if "demo" in names and not demo.exists() and not (several and dist.get_rank()):
+    if "demo" in names and not demo.exists():
         import data_prep
 
         failed = data_prep.main(["demo", "--out", str(demo)])
         require(not failed, "the demo set could not be made; see the line above")
-    if several:
-        dist.barrier()
     sets = [PreparedData(name, config.data_root) for name in names]
     sizes = {s.meta["name"]: s.size for s in sets}
     require(len(set(sizes.values())) == 1, f"pooled sets differ in size: {sizes}")
@@ -1330,14 +1327,14 @@ class Trainer:
         save_checkpoint(folder / "encoder.pt", {"encoder": encoder.state_dict()} | about)
         self.save(folder)
         log_epochs(folder, self.history)
-        line = (
-            f"epoch {epoch}/{config.epochs}  loss {row['loss']:.2f} ({row['val_loss']:.2f} unseen)"
-        )
+        seen = defaultdict(lambda: math.nan, row)  # without validation images, not all is there
+        line = f"epoch {epoch}/{config.epochs}  loss {seen['loss']:.2f}"
+        line += f" ({seen['val_loss']:.2f} unseen)"
         for head in (name for name in ("global", "local") if f"loss_{name}" in row):
             parts = [(k.split("_")[1], v) for k, v in row.items() if k.startswith(f"{head}_")]
             line += f"  {head}: " + ", ".join(f"{k} {v:.3f}" for k, v in parts)
-            line += f", rank {row[f'rank_{head}']:.0f}"
-        tqdm.write(line + (f"  k-NN {row['knn_auroc']:.3f}" if "knn_auroc" in row else ""))
+            line += f", rank {seen[f'rank_{head}']:.0f}"
+        tqdm.write(line + (f"  k-NN {seen['knn_auroc']:.3f}" if "knn_auroc" in row else ""))
         if warning := collapse_warning(row):
             tqdm.write(warning)
 
@@ -1346,7 +1343,8 @@ def log_epochs(folder, history):
     """Rewrites metrics.csv and curves.png from the history that the checkpoint holds."""
     table = pd.DataFrame(history)
     store(folder / "metrics.csv", table.to_csv, index=False)
-    figure = Figure(figsize=(12, 3), layout="constrained")
+    figure = Figure(figsize=(12, 3))
+    figure.subplots_adjust(0.04, 0.16, 0.99, 0.9, 0.2)
     panels = {"loss": "loss", "embedding std": "std", "effective rank": "rank", "k-NN AUROC": "knn"}
     for axis, (title, prefix) in zip(figure.subplots(1, 4), panels.items(), strict=True):
         axis.set(title=title, xlabel="epoch")
@@ -1368,7 +1366,11 @@ def pretrain(config):
     device, rank, world = setup(config)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what determinism asks of cuBLAS
     torch.use_deterministic_algorithms(config.deterministic)
+    if rank > 0:
+        dist.barrier()  # until the first process has drawn the demo set
     sets = open_sets(config)
+    if world > 1 and rank == 0:
+        dist.barrier()
     rows, held = pretraining_rows(sets, config.exclude_ids)
     if config.exclude_ids and rank == 0:
         print(f"{len(rows):,} images to train on, without those that {config.exclude_ids} names")
@@ -1401,6 +1403,8 @@ def pretrain(config):
         if world > 1:
             dist.barrier()
         trainer.restore(folder)
+        if rank == 0 and trainer.history:  # a kill may have come between last.pt and metrics.csv
+            log_epochs(folder, trainer.history)
         if trainer.step == total:
             print(f"{folder}: finished; --overwrite starts again")
         bar = tqdm(total=total, initial=trainer.step, disable=not sys.stderr.isatty(), unit="step")
@@ -1422,8 +1426,6 @@ def pretrain(config):
                     trainer.save(folder)
                 print(f"stopped at step {trainer.step}; the same command goes on from there")
                 raise KeyboardInterrupt
-        if rank == 0:
-            log_epochs(folder, trainer.history)
     return folder
 
 

@@ -10,8 +10,9 @@
     python notebooks/experiments.py failures         # logs that notebook 03 diagnoses
 
 Each run is a command of mlvicx.py; what it finds goes to notebooks/results/, and what is there is
-not made again. Several processes may be started together: they share the work. `real` needs data/kermany, data/shenzhen and data/nih256,
-prepared by `python data_prep.py folder`. A pre-training takes three to ten minutes on two cores.
+not made again. Several processes may be started together: they share the work. `real` needs
+data/kermany, data/shenzhen and data/nih256, prepared by `python data_prep.py folder`.
+A pre-training takes three to ten minutes on two cores.
 """
 
 import contextlib
