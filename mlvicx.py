@@ -32,11 +32,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections import defaultdict, deque
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from itertools import chain, count, pairwise, product, repeat
+from itertools import chain, pairwise, product, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,7 +149,7 @@ class EvalConfig(RunConfig):
     weights: str = _option("random", "random, imagenet or encoder files; several, with commas")
     mode: str = _option("frozen", "train the head alone, or everything", "frozen", "finetune")
     labels: float = _option(1.0, "share of the training patients whose labels are used")
-    seeds: int = _option(1, "repetitions, each with its own subset of labels")
+    seeds: int = _option(1, "repetitions, each with its own subset of labels and random weights")
     epochs: int = _option(300, "most passes over the labelled images")
     patience: int = _option(10, "epochs without a better validation score before stopping")
     lr: float = _option(0.0003, "AdamW learning rate")
@@ -956,7 +956,7 @@ def device_name(device):
 
 
 @contextlib.contextmanager
-def open_run(config, default, datasets):
+def open_run(config, default, datasets, device):
     """Makes or reopens a run folder, locked against a second process; yields its path.
 
     A folder that holds a run with other settings is refused until `overwrite`. config.json keeps
@@ -989,7 +989,7 @@ def open_run(config, default, datasets):
                 path.unlink()
             about = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
             about |= {"settings": settings, "command": sys.argv, "machine": platform.platform()}
-            about |= {"device": device_name(setup(config)[0])}
+            about |= {"device": device_name(device)}
             store_json(record, about)
         yield folder
 
@@ -1327,14 +1327,10 @@ class Trainer:
         save_checkpoint(folder / "encoder.pt", {"encoder": encoder.state_dict()} | about)
         self.save(folder)
         log_epochs(folder, self.history)
-        seen = defaultdict(lambda: math.nan, row)  # without validation images, not all is there
-        line = f"epoch {epoch}/{config.epochs}  loss {seen['loss']:.2f}"
-        line += f" ({seen['val_loss']:.2f} unseen)"
-        for head in (name for name in ("global", "local") if f"loss_{name}" in row):
-            parts = [(k.split("_")[1], v) for k, v in row.items() if k.startswith(f"{head}_")]
-            line += f"  {head}: " + ", ".join(f"{k} {v:.3f}" for k, v in parts)
-            line += f", rank {seen[f'rank_{head}']:.0f}"
-        tqdm.write(line + (f"  k-NN {seen['knn_auroc']:.3f}" if "knn_auroc" in row else ""))
+        names = [k for k in row if k.startswith(("loss", "global_", "local_"))]
+        names += [k for k in ("val_loss", "rank_global", "rank_local", "knn_auroc") if k in row]
+        line = "  ".join(f"{name} {row[name]:.3f}" for name in names)
+        tqdm.write(f"epoch {epoch}/{config.epochs}  {line}")
         if warning := collapse_warning(row):
             tqdm.write(warning)
 
@@ -1364,7 +1360,8 @@ def pretrain(config):
     Source: authors' code for the recipe.
     """
     device, rank, world = setup(config)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what determinism asks of cuBLAS
+    if config.deterministic:  # what it asks of cuBLAS
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     if rank > 0:
         dist.barrier()  # until the first process has drawn the demo set
@@ -1398,7 +1395,7 @@ def pretrain(config):
     default = "-".join(s.folder.name for s in sets)
     folder, watch = Path(config.out or Path("runs") / default), FiniteWatch()
     trainer = Trainer(config, device, world)  # before there is a folder that it may not fit
-    owner = open_run(config, default, sets) if rank == 0 else contextlib.nullcontext()
+    owner = open_run(config, default, sets, device) if rank == 0 else contextlib.nullcontext()
     with owner, stop_signals() as stop:
         if world > 1:
             dist.barrier()
@@ -1686,7 +1683,7 @@ def evaluate(config, task, data, device, unit, summary):
         load_encoder(weights, config)  # a file that does not fit leaves no run folder behind
     name, runs = f"{data.folder.name}-{task}-{config.mode}-{config.labels:g}", []
     seeds = range(config.seed, config.seed + config.seeds)
-    with open_run(config, name, [data]) as folder:
+    with open_run(config, name, [data], device) as folder:
         for (i, weights), seed in product(enumerate(encoders), seeds):
             path = folder / f"unit-{i}-{seed}.npy"
             if not path.exists():
@@ -1748,7 +1745,7 @@ def classify(config):
             fit(model, data.images, labels, masked_bce, score, rows, config, (seed, "classify"))
             scores = logits(test)
         about = {"arch": encoder.arch, "findings": names, "size": config.size}
-        about |= {"prepared_size": data.size}
+        about["prepared_size"] = data.size
         save_checkpoint(folder / "classifier.pt", {"classifier": model.state_dict()} | about)
         return scores.numpy()
 
@@ -1907,7 +1904,8 @@ def predict_folder(config):
     from data_prep import read_xray, resize_xray
 
     device, state = setup(config)[0], load_checkpoint(config.weights)
-    require("classifier" in state, f"{config.weights} is not a classifier.pt of `classify`")
+    known = {"classifier", "prepared_size"} <= set(state)
+    require(known, f"{config.weights} is not a classifier.pt of `classify`")
     model = Classifier(Encoder(**state["arch"]), len(state["findings"])).to(device)
     load_weights(model, state["classifier"], config.weights)
     root, out, table = Path(config.predict), Path(config.out or "predictions.csv"), {}
@@ -1935,9 +1933,8 @@ def closing_table(config, folder):
     """Test AUROC of a linear probe on frozen features: random weights and those just learned."""
     device, *_ = setup(config)
     weights = {"random": "random", "learned": folder / "encoder.pt"}
-    encoders = {k: load_encoder(w, config, config.seed)[0] for k, w in weights.items()}
-    for encoder in encoders.values():
-        encoder.to(device, memory_format=torch.channels_last)
+    place = {"device": device, "memory_format": torch.channels_last}
+    encoders = {k: load_encoder(w, config, config.seed)[0].to(**place) for k, w in weights.items()}
     for data in open_sets(config):
         splits, columns = [data.indices(s) for s in ("train", "val", "test")], {}
         if not data.findings or not all(map(len, splits)):
@@ -2068,10 +2065,10 @@ def bench_parts(config, device):
     bare, model, literal = (build_form(name, config, device) for name in (BARE, FAST, LITERAL))
     still = [build_form(name, config, device).encoder.eval() for name in (BARE, FAST)]
     views = torch.randn(2, batch, 3, size, size, device=device)
-    images, step = torch.randint(256, (16 * batch, 256, 256)).byte(), count()
-    file = tempfile.NamedTemporaryFile(suffix=".npy")
-    np.save(file.name, images)  # read as a prepared set is, through a memory map
-    mapped = SimpleNamespace(images=torch.from_numpy(np.load(file.name, mmap_mode="c")), file=file)
+    images = torch.randint(256, (16 * batch, 256, 256)).byte()
+    mapped = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=tuple(images.shape))
+    mapped[:] = images  # read as a prepared set is, from a file
+    prepared = SimpleNamespace(images=torch.from_numpy(mapped))
     theirs = {"num_workers": 2, "collate_fn": partial(torchvision_views, size=size)}
     theirs = torch.utils.data.DataLoader(images, batch, **theirs)
     ours, blocks = RandomViews(size), model.encoder.context
@@ -2082,9 +2079,7 @@ def bench_parts(config, device):
         z = model.embed(*[model.pool(*e) for e in encoded])
     plain = [(h.float(), [x.float().contiguous() for x in maps]) for h, maps in encoded]
     parts = {
-        "read": lambda: gather_images(
-            [mapped], torch.randint(16 * batch, (batch,), generator=generator("read", next(step)))
-        ),
+        "read": lambda: gather_images([prepared], torch.randint(16 * batch, (batch,))),
         "views": lambda: ours(images[:batch].to(device), generator("bench")),
         "views, torchvision": lambda: list(theirs),
         "encoder": lambda: [bare.encoder(view) for view in views],
@@ -2165,8 +2160,7 @@ def bench(config):
     rows = json.loads(table.to_json(orient="index", double_precision=15))
     result |= {"steps": {name: rows.pop(name) for name in forms}, "parts": rows}
     if config.out:
-        with replacing(config.out) as f:
-            f.write(json.dumps(result, indent=1).encode())
+        store_json(config.out, result)
     return result
 
 

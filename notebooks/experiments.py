@@ -175,8 +175,7 @@ def judge(study, task, mode, share, method):
     entry["task"] = task
     if verb == "classify":
         entry["groups"] = group_means(out, m.PreparedData(flags.split()[1]))
-    with m.replacing(out / "entry.json") as f:
-        f.write(json.dumps(entry).encode())
+    m.store_json(out / "entry.json", entry)
 
 
 def group_means(out, data):
@@ -287,8 +286,7 @@ def floors():
         groups |= {f"mean of {g}": members for g, members in data.meta.get("groups", {}).items()}
         means = {g: np.mean([found[task][n] for n in members]) for g, members in groups.items()}
         found[task] |= means
-    with m.replacing(RESULTS / "floors.json") as f:
-        f.write(json.dumps(found, indent=1).encode())
+    m.store_json(RESULTS / "floors.json", found)
 
 
 def supervised():
@@ -296,8 +294,7 @@ def supervised():
     words = "classify --data demo --mode finetune --weights random --context none --size 128 "
     words += "--epochs 30 --patience 10 --lr 0.001 --amp bf16"
     found = command(f"{words} --out {folder('supervised')}")
-    with m.replacing(RESULTS / "supervised.json") as f:
-        f.write(json.dumps({"command": words} | found, indent=1).encode())
+    m.store_json(RESULTS / "supervised.json", {"command": words} | found)
 
 
 def failures():
