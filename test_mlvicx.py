@@ -212,6 +212,30 @@ def test_without_blocks_or_at_their_side_the_encoder_is_torchvisions(backbone):
         assert torch.allclose(reference.fc(encoder(x)[0]), reference(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (1, 1), (1, 2)])
+def test_a_small_map_is_convolved_as_one_matrix_product(kernel, stride, monkeypatch):
+    torch.manual_seed(0)
+    geometry = dict(stride=stride, padding=kernel // 2, bias=False, dtype=torch.float64)
+    small, plain = (c(5, 7, kernel, **geometry) for c in (m.SmallMapConv2d, torch.nn.Conv2d))
+    plain.load_state_dict(small.state_dict())
+    convolve = torch.nn.Conv2d.forward
+    for height, width, library in ((7, 4, 0), (1, 1, 0), (8, 8, 0), (9, 8, 1)):
+        calls = []
+        count = lambda self, x, calls=calls: calls.append(1) or convolve(self, x)  # noqa: E731
+        x = torch.randn(2, 5, height, width, dtype=torch.float64, requires_grad=True)
+        expected = plain(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Conv2d, "forward", count)
+            found = small(x)
+        assert len(calls) == library and torch.allclose(found, expected, atol=1e-12)
+        pull = torch.randn_like(expected)
+        slopes = [
+            torch.autograd.grad((y * pull).sum(), [x, conv.weight])
+            for y, conv in ((found, small), (expected, plain))
+        ]
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*slopes, strict=True))
+
+
 def test_inline_blocks_feed_the_next_stage_and_side_blocks_do_not():
     x = torch.randn(2, 3, 64, 64)
     for context, feeds in (("inline", True), ("side", False)):
@@ -746,7 +770,7 @@ def test_a_batch_that_the_set_or_batchnorm_cannot_give_is_refused(place, capsys)
 def test_exact_resume(place, monkeypatch):
     assert run_pretrain(out="runs/whole") == 0
     step = m.Trainer.train_step
-    for stop_at in (3, 5, 6, 9):  # middle, last and first step of an epoch, last but one
+    for stop_at in (3, 5, 6):  # middle, last and first step of an epoch
 
         def interrupted(self, *args, stop_at=stop_at):
             log = step(self, *args)
@@ -4155,7 +4179,7 @@ def test_every_command_of_the_readme_runs(raw_downloads, every_thread, monkeypat
             continue
         program, *args = words
         if args[0] in ("pretrain", "bench"):
-            args += ["--batch-size", "4" if args[0] == "bench" else "16", "--embedding-dim", "8"]
+            args += ["--batch-size", "2" if args[0] == "bench" else "16", "--embedding-dim", "8"]
         if args[0] in ("classify", "segment"):
             args += ["--batch-size", "8"]
         if args[0] in ("pretrain", "classify", "segment"):

@@ -1,6 +1,7 @@
-"""What `python mlvicx.py bench` leaves out, measured: evaluation, and preparation of raw files.
+"""What `python mlvicx.py bench` leaves out, measured: evaluation, small images, preparation.
 
     python notebooks/speed.py evaluation       # results/eval_cpu.json
+    python notebooks/speed.py small            # results/small_maps.json
     python notebooks/speed.py preparation RAW  # results/prepare_speed.json
 
 RAW is a folder with PNGs of NIH ChestX-ray14, 1024 px. Ratios within one run; the least of three
@@ -72,6 +73,36 @@ def evaluation():
     }
 
 
+def small():
+    """A step at small sizes, with and without the last stage as matrix products, in turn."""
+    m.keep_memory()
+    torch.set_flush_denormal(True)
+    found, device, convolve = {}, torch.device("cpu"), m.SmallMapConv2d.forward
+    for size, amp in ((size, amp) for size in (32, 48, 64) for amp in ("off", "bf16")):
+        torch.manual_seed(0)
+        model = m.MLVICX(256, context="side").to(memory_format=torch.channels_last)
+        optimizer = m.LARS(model.parameters(), lr=1e-3)
+        pair = [m.normalise(torch.rand(64, size, size)) for _ in range(2)]
+
+        def step(model=model, optimizer=optimizer, pair=pair, amp=amp):
+            optimizer.zero_grad()
+            with m.autocast(device, amp):
+                embeddings = model(*pair)
+            m.mlvicx_loss(*embeddings)[0].backward()
+            optimizer.step()
+
+        taken = {True: [], False: []}
+        for turn, fast in ((turn, fast) for turn in range(2 * TURNS) for fast in taken):
+            m.SmallMapConv2d.forward = convolve if fast else torch.nn.Conv2d.forward
+            start = time.perf_counter()
+            step()
+            taken[fast] += [time.perf_counter() - start] if turn else []
+        ours, library = min(taken[True]), min(taken[False])
+        row = {"seconds": ours, "library's convolution": library, "ratio": library / ours}
+        found[f"{size} px, batch 64, {'float32' if amp == 'off' else amp}"] = row
+    return found | {"processor": m.device_name(device)}
+
+
 def copies(files, count, folder):
     """A raw folder for `folder`: `count` PNGs under names of their own, and their table."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -117,15 +148,14 @@ def preparation(raw):
 
 if __name__ == "__main__":
     which, *words = sys.argv[1:] or ["nothing"]
-    actions = {"evaluation": evaluation, "preparation": preparation}
-    files = {"evaluation": "eval_cpu.json", "preparation": "prepare_speed.json"}
+    actions = {"evaluation": (evaluation, "eval_cpu.json"), "small": (small, "small_maps.json")}
+    actions |= {"preparation": (preparation, "prepare_speed.json")}
     if which not in actions or len(words) != (which == "preparation"):
-        sys.exit(f"expected evaluation, or preparation RAW; found {sys.argv[1:]}")
+        sys.exit(f"expected evaluation, small, or preparation RAW; found {sys.argv[1:]}")
+    measure, file = actions[which]
     result = {"command": " ".join(["python notebooks/speed.py", which, *["RAW"] * len(words)])}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    result |= json.loads(
-        json.dumps(actions[which](*words)), parse_float=lambda x: round(float(x), 3)
-    )
-    with m.replacing(HERE / "results" / files[which]) as f:
+    result |= json.loads(json.dumps(measure(*words)), parse_float=lambda x: round(float(x), 3))
+    with m.replacing(HERE / "results" / file) as f:
         f.write(json.dumps(result, indent=1).encode() + b"\n")
     print(json.dumps(result, indent=1))
