@@ -48,6 +48,8 @@ torch.set_num_threads(1)  # the models here are too small for two
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The same for the processes that are started here; the notebooks have every thread again."""
+    # A shell's background job ignores Ctrl-C, and so would every process that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
@@ -804,7 +806,8 @@ def assert_same_run(a, b):
     assert all(torch.equal(v, encoders[1][k]) for k, v in encoders[0].items())
 
 
-def test_the_scaler_of_float16_is_part_of_the_state(place):
+def test_the_scaler_of_float16_is_part_of_the_state(place, monkeypatch):
+    monkeypatch.setattr(m, "build_model", lambda config: Tiny())
     given = dict(data="toy", size=32, embedding_dim=8, batch_size=8, amp="fp16")
     config, cpu = m.make_config("pretrain", m.PretrainConfig, given), torch.device("cpu")
     one, views = m.Trainer(config, cpu), torch.randn(3, 2, 8, 3, 32, 32)
@@ -996,7 +999,7 @@ def test_pretraining_without_the_right_to_write_is_one_line(place):
 
 
 class Tiny(torch.nn.Module):
-    """Stands in for the model, so that two thousand steps of the real loop take seconds."""
+    """Stands in for the model where the loop itself is tested, so that its steps take no time."""
 
     def __init__(self):
         super().__init__()
