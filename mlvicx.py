@@ -289,7 +289,7 @@ class ContextBottleneck(nn.Sequential):
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """On a CPU, a small map is convolved as one matrix product: two to three times as fast.
+    """On a CPU, a small map is convolved as one matrix product: up to three times as fast.
 
     Input, Returns: as torch.nn.Conv2d, square and undilated: (B, C, H, W) -> (B, C', H', W').
     """
