@@ -8,6 +8,7 @@ RAW is a folder with PNGs of NIH ChestX-ray14, 1024 px. Ratios within one run; t
 turns counts. Nothing else may run beside it.
 """
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -74,32 +75,19 @@ def evaluation():
 
 
 def small():
-    """A step at small sizes, with and without the last stage as matrix products, in turn."""
-    m.keep_memory()
-    torch.set_flush_denormal(True)
-    found, device, convolve = {}, torch.device("cpu"), m.SmallMapConv2d.forward
-    for size, amp in ((size, amp) for size in (32, 48, 64) for amp in ("off", "bf16")):
-        torch.manual_seed(0)
-        model = m.MLVICX(256, context="side").to(memory_format=torch.channels_last)
-        optimizer = m.LARS(model.parameters(), lr=1e-3)
+    """Seconds of a step of the demo preset, its last stage as matrix products or the library's."""
+    found, ours = {}, m.SmallMapConv2d.forward
+    for size, amp in itertools.product((32, 48, 64), ("off", "bf16")):
+        given = {"data": "demo", "size": size, "batch_size": 64, "amp": amp, "device": "cpu"}
+        config = m.make_config("pretrain", m.PretrainConfig, given)
+        device, *_ = m.setup(config)
+        trainer, taken = m.Trainer(config, device), {"ours": [], "library": []}
         pair = [m.normalise(torch.rand(64, size, size)) for _ in range(2)]
-
-        def step(model=model, optimizer=optimizer, pair=pair, amp=amp):
-            optimizer.zero_grad()
-            with m.autocast(device, amp):
-                embeddings = model(*pair)
-            m.mlvicx_loss(*embeddings)[0].backward()
-            optimizer.step()
-
-        taken = {True: [], False: []}
-        for turn, fast in ((turn, fast) for turn in range(2 * TURNS) for fast in taken):
-            m.SmallMapConv2d.forward = convolve if fast else torch.nn.Conv2d.forward
-            start = time.perf_counter()
-            step()
-            taken[fast] += [time.perf_counter() - start] if turn else []
-        ours, library = min(taken[True]), min(taken[False])
-        row = {"seconds": ours, "library's convolution": library, "ratio": library / ours}
-        found[f"{size} px, batch 64, {'float32' if amp == 'off' else amp}"] = row
+        for _, form in itertools.product(range(TURNS + 1), taken):
+            m.SmallMapConv2d.forward = ours if form == "ours" else torch.nn.Conv2d.forward
+            taken[form].append(m.timed(lambda t=trainer, p=pair: t.train_step(*p, 1e-3), device))
+        row = {form: min(seconds[1:]) for form, seconds in taken.items()}  # the first warms up
+        found[f"{size} px, batch 64, amp {amp}"] = row | {"ratio": row["library"] / row["ours"]}
     return found | {"processor": m.device_name(device)}
 
 
@@ -156,6 +144,5 @@ if __name__ == "__main__":
     result = {"command": " ".join(["python notebooks/speed.py", which, *["RAW"] * len(words)])}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     result |= json.loads(json.dumps(measure(*words)), parse_float=lambda x: round(float(x), 3))
-    with m.replacing(HERE / "results" / file) as f:
-        f.write(json.dumps(result, indent=1).encode() + b"\n")
+    m.store_json(HERE / "results" / file, result)
     print(json.dumps(result, indent=1))
