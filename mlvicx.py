@@ -36,7 +36,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from itertools import chain, pairwise, product, repeat
+from itertools import product, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -221,7 +221,7 @@ def make_config(command, cls, given):
 
 
 class ChannelAttention(nn.Module):
-    """Scales every channel by what its global average and maximum say about it.
+    """Scales every channel by what its global average and its global maximum say about it.
 
     Args: channels: C; the shared bottleneck has C / 2.
     Input and output: (B, C, H, W).
@@ -234,22 +234,26 @@ class ChannelAttention(nn.Module):
         self.expand = nn.Conv2d(channels // 2, channels, 1, bias=False)
 
     def forward(self, x):
-        # Same as x.mean and x.amax, whose backward passes each walk the whole map several times.
-        average = x.sum((2, 3)) / x[0, 0].numel()
-        if torch.are_deterministic_algorithms_enabled():  # the pool's backward on CUDA is not
-            most = x.flatten(2).max(2).values
+        # Same as x.mean((2, 3)) and x.amax((2, 3)), whose backward passes are slower.
+        positions = x.shape[2] * x.shape[3]
+        average = x.sum((2, 3)) / positions  # (B, C, H, W) -> (B, C)
+        if torch.are_deterministic_algorithms_enabled():  # on CUDA, the pool's backward is not
+            largest = x.flatten(2).max(2).values
         else:
-            most = F.adaptive_max_pool2d(x, 1).flatten(1)
-        pooled = torch.stack([average, most])  # (B, C, H, W) -> (2, B, C)
+            largest = F.adaptive_max_pool2d(x, 1).flatten(1)
+
+        # Both go through one bottleneck C -> C / 2 -> C (1x1 convolutions of a single position).
+        # The second layer is linear, so that the two results may be added before it.
+        pooled = torch.stack([average, largest])  # (2, B, C)
         hidden = F.relu(F.linear(pooled, self.reduce.weight.flatten(1)))
         gate = F.linear(hidden.sum(0), self.expand.weight.flatten(1)).sigmoid()  # (B, C)
         return x * gate[:, :, None, None]
 
 
 class SpatialAttention(nn.Module):
-    """Scales every position by what the mean and maximum over channels say around it.
+    """Scales every position by what the mean and the maximum over channels say around it.
 
-    Input and output: (B, C, H, W). `attention_map` gives the (B, 1, H, W) scale alone.
+    Input and output: (B, C, H, W). `attention_map` returns the (B, 1, H, W) scale alone.
     Source: authors' code (the spatial step of CBAM, arXiv:1807.06521).
     """
 
@@ -258,9 +262,10 @@ class SpatialAttention(nn.Module):
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
     def attention_map(self, x):
-        x = x.permute(0, 2, 3, 1)  # in channels-last memory the channels lie side by side
-        average, most = x.sum(3) / x.shape[3], x.max(3).values
-        pooled = torch.stack([average, most], 1)  # (B, H, W, C) -> (B, 2, H, W)
+        x = x.permute(0, 2, 3, 1)  # in channels-last memory, the channels lie side by side
+        average = x.sum(3) / x.shape[3]  # (B, H, W, C) -> (B, H, W)
+        largest = x.max(3).values
+        pooled = torch.stack([average, largest], 1)  # (B, 2, H, W)
         return self.conv(pooled).sigmoid()
 
     def forward(self, x):
@@ -268,7 +273,7 @@ class SpatialAttention(nn.Module):
 
 
 class ContextBottleneck(nn.Sequential):
-    """Channel attention, then spatial attention; no residual, no norm.
+    """Channel attention, then spatial attention; no residual, no normalisation.
 
     Args: channels: C of the map. attention: "both", or one step alone: "channel", "spatial".
     Input and output: (B, C, H, W).
@@ -311,64 +316,81 @@ class Encoder(nn.Module):
 
     Args:
         backbone: "resnet18", "resnet34" or "resnet50"; weights keep torchvision's names.
-        context: "inline" (authors' code): each refined map feeds the next stage, so the blocks are
-            part of the encoder. "side": a plain ResNet, whose maps are refined on the way out.
-            "none": no blocks.
+        context: "side": a plain ResNet, whose maps are refined on their way to the multi-level
+            head. "inline" (authors' code): each refined map feeds the next stage, so that the
+            blocks are part of the encoder. "none": no blocks.
         attention: steps of each block, see ContextBottleneck.
         levels: levels that get a block under "side"; "inline" has all five.
     Input: (B, 3, H, W), or (B, 1, H, W) gray, repeated; H, W >= 32.
     Returns: h (B, C5) and a list of five maps: at 224 px (B, 64, 112, 112), (B, 64, 56, 56),
         (B, 128, 28, 28), (B, 256, 14, 14), (B, 512, 7, 7) for ResNet-18.
-    Needs: ContextBottleneck, SmallMapConv2d. Source: authors' code.
+    Needs: ContextBottleneck, SmallMapConv2d. Source: authors' code (inline); summary (side).
     """
 
     def __init__(self, backbone="resnet18", context="inline", attention="both", levels=LEVELS):
         super().__init__()
         if context not in ("inline", "side", "none"):
             raise ValueError(f"expected context inline, side or none, got {context!r}")
-        net = getattr(torchvision.models, backbone)(weights=None)
+        resnet = getattr(torchvision.models, backbone)(weights=None)
         for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
-            setattr(self, name, getattr(net, name))
+            setattr(self, name, getattr(resnet, name))
         for conv in self.layer4.modules():
             if isinstance(conv, nn.Conv2d):  # the same parameters under the same names
                 conv.__class__ = SmallMapConv2d
-        width = net.fc.in_features
+        width = resnet.fc.in_features  # 512 for ResNet-18
         self.channels = (64, width // 8, width // 4, width // 2, width)
-        self.arch = {"backbone": backbone, "context": context, "attention": attention}
-        self.arch["levels"] = list(levels)
-        at = {"inline": LEVELS, "side": levels, "none": ()}[context]
-        blocks = {str(k): ContextBottleneck(self.channels[k - 1], attention) for k in at}
-        self.context = nn.ModuleDict(blocks)
+        self.arch = {
+            "backbone": backbone,
+            "context": context,
+            "attention": attention,
+            "levels": list(levels),
+        }
+        with_block = {"inline": LEVELS, "side": levels, "none": ()}[context]
+        self.context = nn.ModuleDict()
+        for level in with_block:
+            block = ContextBottleneck(self.channels[level - 1], attention)
+            self.context[str(level)] = block
 
     def stage(self, level, x):
-        """The ResNet's own map of one level, from what feeds it (level 1: the image)."""
+        """The ResNet's own map of one level, from the map below it (level 1: from the image)."""
         if level == 1:
             return F.relu(self.bn1(self.conv1(x)), inplace=True)
+        if level == 2:
+            return self.layer1(F.max_pool2d(x, 3, 2, 1))
         return getattr(self, f"layer{level - 1}")(x)
 
     def refine(self, level, x):
-        """The refined map of one level, and what feeds the next level."""
-        refined = self.context[str(level)](x) if str(level) in self.context else x
-        x = refined if self.arch["context"] == "inline" else x
-        return refined, F.max_pool2d(x, 3, 2, 1) if level == 1 else x
+        """The map of one level after its context-bottleneck, or as it is where there is none."""
+        if str(level) not in self.context:
+            return x
+        block = self.context[str(level)]
+        # The inner results of a block are computed again in the backward pass, not kept for it.
+        return torch.utils.checkpoint.checkpoint(
+            block, x, use_reentrant=False, preserve_rng_state=False
+        )
 
-    def forward(self, x):
+    def features(self, x):
+        """(B, 3, H, W) -> the last map (B, C5, H / 32, W / 32), and the five refined maps."""
         if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 32:
             raise ValueError(f"expected (B, 1 or 3, >=32, >=32), got {tuple(x.shape)}")
-        maps, x = [], x.expand(-1, 3, -1, -1)
+        x = x.expand(-1, 3, -1, -1)
+        refined_maps = []
         for level in LEVELS:
             x = self.stage(level, x)
-            if str(level) in self.context:  # made again in the backward pass, not kept until then
-                again = {"use_reentrant": False, "preserve_rng_state": False}
-                refined, x = torch.utils.checkpoint.checkpoint(self.refine, level, x, **again)
-            else:
-                refined, x = self.refine(level, x)
-            maps.append(refined)
-        return x.mean((2, 3)), maps  # (B, C5, H, W) -> (B, C5)
+            refined = self.refine(level, x)
+            refined_maps.append(refined)
+            if self.arch["context"] == "inline":
+                x = refined  # the next stage sees the refined map
+        return x, refined_maps
+
+    def forward(self, x):
+        last, maps = self.features(x)
+        return last.mean((2, 3)), maps  # (B, C5, H, W) -> (B, C5)
 
     def backbone_state(self):
         """State dict of the ResNet alone, under torchvision's names."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("context.")}
+        state = self.state_dict()
+        return {name: state[name] for name in state if not name.startswith("context.")}
 
 
 # ---------------------------------------------------------------- 5. projectors
@@ -377,25 +399,37 @@ class Encoder(nn.Module):
 def projector_mlp(inputs, width, final_bn=True):
     """Three linear layers to a `width`-dimensional embedding: (B, inputs) -> (B, width).
 
-    Args: final_bn: end in BatchNorm (authors' code): what leaves it has a standard deviation of
-        sqrt(B / (B - 1)) > 1, so that the variance hinge is silent until a BatchNorm weight falls
+    Args: final_bn: end in BatchNorm (authors' code). What leaves it has a standard deviation of
+        sqrt(B / (B - 1)) > 1, so that the variance hinge is zero until a BatchNorm weight falls
         below 1. False: end in a bias-free linear layer; the hinge acts from the start.
     Source: authors' code; VICReg (arXiv:2105.04906), section 4.2.
     """
-    layers = []
-    for fan_in in (inputs, width):
-        layers += [nn.Linear(fan_in, width), nn.BatchNorm1d(width), nn.ReLU()]
-    last = [nn.Linear(width, width, bias=final_bn)] + [nn.BatchNorm1d(width)] * final_bn
-    return nn.Sequential(*layers, *last)
+    layers = [
+        nn.Linear(inputs, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Linear(width, width, bias=final_bn),
+    ]
+    if final_bn:
+        layers.append(nn.BatchNorm1d(width))
+    return nn.Sequential(*layers)
 
 
-def project(mlp, *views):
-    """Each view's (B, inputs) -> (B, D), as if one after the other; the weights are read once."""
-    x = torch.cat(views)
-    for layer in mlp:  # a linear layer does the same to all rows; BatchNorm sees one view at a time
-        parts = [x] if isinstance(layer, nn.Linear) else x.chunk(len(views))
-        x = torch.cat([layer(part) for part in parts])
-    return x.chunk(len(views))
+def project(mlp, x1, x2):
+    """Two views (B, inputs) -> two embeddings (B, D): mlp(x1), mlp(x2), but faster.
+
+    A linear layer treats all rows alike, so both views go through it at once and its weights are
+    read once. BatchNorm takes one view at a time: its statistics are those of a single view.
+    """
+    for layer in mlp:
+        if isinstance(layer, nn.Linear):
+            x1, x2 = layer(torch.cat([x1, x2])).chunk(2)
+        else:
+            x1, x2 = layer(x1), layer(x2)
+    return x1, x2
 
 
 class GlobalProjector(nn.Module):
@@ -417,33 +451,41 @@ def aggregate_literal(maps, convs, resolution=64, grid=4):
     Returns: (B, C, grid, grid). Source: authors' code.
     """
     total = 0
-    for m, conv in zip(maps, convs, strict=True):
-        m = F.interpolate(m, size=(resolution, resolution), mode="bilinear", align_corners=False)
-        total = total + conv(m)  # (B, C_k, 64, 64) -> (B, C, 64, 64)
+    for x, conv in zip(maps, convs, strict=True):
+        x = F.interpolate(x, size=(resolution, resolution), mode="bilinear", align_corners=False)
+        total = total + conv(x)  # (B, C_k, 64, 64) -> (B, C, 64, 64)
     return F.adaptive_avg_pool2d(total, grid)
 
 
 def pool_matrix(side, resolution=64, grid=4, like=None):
-    """(grid, side) matrix: bilinear resize of `side` values to `resolution`, then average pool."""
-    eye = torch.eye(side, dtype=like.dtype, device=like.device)[None]  # (1, side, side)
-    resized = F.interpolate(eye, size=resolution, mode="linear", align_corners=False)
-    return F.adaptive_avg_pool1d(resized, grid)[0].T
+    """(grid, side) matrix of one axis: bilinear resize from `side` to `resolution`, then pooling.
+
+    Resizing and pooling are linear: applied to the unit vectors, they give their own matrix.
+    """
+    unit_vectors = torch.eye(side, dtype=like.dtype, device=like.device)
+    resized = F.interpolate(unit_vectors[None], size=resolution, mode="linear", align_corners=False)
+    return F.adaptive_avg_pool1d(resized, grid)[0].T  # (1, side, 64) -> (1, side, 4) -> (4, side)
 
 
 def aggregate(maps, convs, resolution=64, grid=4):
-    """`aggregate_literal` exactly, with every map pooled before its convolution.
+    """`aggregate_literal` exactly, but every map is pooled before its convolution.
 
-    All steps are linear and act on different axes, so they commute: sum_k conv_k(P_k map_k Q_k').
+    All steps are linear, and they act on different axes, so their order may change. The 1x1
+    convolution then has 16 positions to work on, not 4096.
     Args, Returns: as `aggregate_literal`. Needs: pool_matrix.
     """
     # Deviation: maps are pooled before their convolutions; same value and gradients, less work.
     total = 0
-    for m, conv in zip(maps, convs, strict=True):
-        rows, cols = (pool_matrix(side, resolution, grid, m) for side in m.shape[2:])
-        both = torch.kron(rows, cols).expand(len(m), -1, -1)  # (B, 16, H W)
-        pooled = both.bmm(m.permute(0, 2, 3, 1).flatten(1, 2))  # @ (B, H W, C_k) -> (B, 16, C_k)
+    for x, conv in zip(maps, convs, strict=True):
+        rows = pool_matrix(x.shape[2], resolution, grid, like=x)  # (4, H)
+        columns = pool_matrix(x.shape[3], resolution, grid, like=x)  # (4, W)
+        # The weight of every pixel (H x W) in every cell of the grid (4 x 4).
+        weights = torch.kron(rows, columns).expand(len(x), -1, -1)  # (B, 16, H W)
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, C_k, H, W) -> (B, H W, C_k)
+        pooled = torch.bmm(weights, pixels)  # (B, 16, C_k)
+        # A 1x1 convolution is a linear layer on the channels.
         total = total + F.linear(pooled, conv.weight.flatten(1), conv.bias)  # (B, 16, C)
-    return total.transpose(1, 2).unflatten(2, (grid, grid))
+    return total.transpose(1, 2).unflatten(2, (grid, grid))  # (B, C, 4, 4)
 
 
 class LocalProjector(nn.Module):
@@ -480,45 +522,52 @@ class MLVICX(nn.Module):
         with context "none" and final_bn False, this is VICReg. levels: levels whose maps feed that
         head. encoder: backbone, context, attention of Encoder.
     Input: view1, view2 (B, 3, H, W).
-    Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second None without.
+    Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second is None without
+        the multi-level head.
     Needs: Encoder, GlobalProjector, LocalProjector, project.
     """
 
     def __init__(self, embedding_dim=4096, final_bn=True, local=True, levels=LEVELS, **encoder):
         super().__init__()
-        self.encoder, self.levels = Encoder(levels=levels, **encoder), tuple(levels)
+        self.encoder = Encoder(levels=levels, **encoder)
+        self.levels = tuple(levels)
         if self.encoder.arch["context"] == "side" and not local:
             raise ValueError("context side needs the local head: nothing else trains the blocks")
         self.global_head = GlobalProjector(self.encoder.channels[-1], embedding_dim, final_bn)
-        channels = [self.encoder.channels[k - 1] for k in levels]
-        self.local_head = LocalProjector(channels, embedding_dim, final_bn) if local else None
+        self.local_head = None
+        if local:
+            channels = [self.encoder.channels[level - 1] for level in levels]
+            self.local_head = LocalProjector(channels, embedding_dim, final_bn)
 
-    def pool(self, h, maps):
-        """What the heads take of one view: h, and the maps as one vector (None without)."""
+    def represent(self, view):
+        """What the two projectors take: h (B, C5), and all maps pooled to one vector (or None)."""
+        h, maps = self.encoder(view)
         if self.local_head is None:
             return h, None
-        return h, self.local_head.pool([maps[k - 1] for k in self.levels])
-
-    def embed(self, *pooled):
-        """The pairs of embeddings, from what `pool` makes of each view."""
-        h, flat = zip(*pooled, strict=True)
-        local = None if self.local_head is None else project(self.local_head.mlp, *flat)
-        return project(self.global_head.mlp, *h), local
+        chosen = [maps[level - 1] for level in self.levels]
+        return h, self.local_head.pool(chosen)
 
     def forward(self, view1, view2):
-        # One pass a view, not one over both: BatchNorm sees the statistics of a single view. Pooled
-        # at once, the maps of the first are not kept while the second is encoded.
-        return self.embed(*[self.pool(*self.encoder(view)) for view in (view1, view2)])
+        # One pass a view, not one over both: BatchNorm sees the statistics of a single view. The
+        # maps are pooled at once, so that those of view 1 need not be kept while view 2 is encoded.
+        h1, pooled1 = self.represent(view1)
+        h2, pooled2 = self.represent(view2)
+        z_global = project(self.global_head.mlp, h1, h2)
+        if self.local_head is None:
+            return z_global, None
+        z_local = project(self.local_head.mlp, pooled1, pooled2)
+        return z_global, z_local
 
 
 # ---------------------------------------------------------------- 7. losses
 
 
 def _centred(z):
-    """Embeddings minus their mean over the batch, in float32 at least."""
+    """Embeddings (B, D) minus their mean over the batch, in float32 at least."""
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"expected (B >= 2, D) embeddings, got {tuple(z.shape)}")
-    z = z if z.dtype == torch.float64 else z.float()
+    if z.dtype != torch.float64:
+        z = z.float()
     return z - z.mean(0)
 
 
@@ -531,8 +580,9 @@ def invariance_loss(z1, z2):
     """
     if z1.shape != z2.shape:
         raise ValueError(f"expected two equal shapes, got {tuple(z1.shape)}, {tuple(z2.shape)}")
-    dtype = torch.float64 if z1.dtype == torch.float64 else torch.float32
-    return F.mse_loss(z1.to(dtype), z2.to(dtype))
+    if z1.dtype != torch.float64:
+        z1, z2 = z1.float(), z2.float()
+    return F.mse_loss(z1, z2)
 
 
 def variance_loss(z, gamma=1.0, eps=1e-4):
@@ -548,7 +598,8 @@ def variance_loss(z, gamma=1.0, eps=1e-4):
     """
     zc = _centred(z)
     variance = zc.square().sum(0) / (len(zc) - 1)  # (B, D) -> (D,), unbiased
-    return F.relu(gamma - (variance + eps).sqrt()).mean()
+    std = (variance + eps).sqrt()
+    return F.relu(gamma - std).mean()
 
 
 def covariance_literal(z):
@@ -564,7 +615,7 @@ def covariance_literal(z):
 
 
 def covariance_loss(z):
-    """`covariance_literal` exactly, from the smaller Gram matrix: ||zc' zc||_F = ||zc zc'||_F.
+    """`covariance_literal` exactly, from the smaller of two matrices: ||zc' zc|| = ||zc zc'||.
 
     Args: z: (B, D) embeddings of one view, any float dtype; computed in float32 (float64 stays).
     Returns: scalar tensor. Raises: ValueError if B < 2 or z is not 2-D.
@@ -573,8 +624,11 @@ def covariance_loss(z):
     # Deviation: the smaller Gram matrix, in float32, in place of the masked D x D matrix.
     with torch.autocast(z.device.type, enabled=False):
         zc = _centred(z) / math.sqrt(len(z) - 1)
-        gram = zc @ zc.T if len(zc) < zc.shape[1] else zc.T @ zc
-        variance = zc.square().sum(0)  # (D,)
+        if len(zc) < zc.shape[1]:
+            gram = zc @ zc.T  # (B, B)
+        else:
+            gram = zc.T @ zc  # (D, D)
+        variance = zc.square().sum(0)  # (D,), the diagonal of the covariance matrix
         return (gram.square().sum() - variance.square().sum()) / zc.shape[1]
 
 
@@ -603,13 +657,32 @@ def mlvicx_loss(z_global, z_local=None, local_weight=1.0, **coefficients):
         part as "global_invariance", ...
     Needs: vicreg_loss. Source: summary of the paper; authors' code (lambda = 1).
     """
-    total, parts = vicreg_loss(*z_global, **coefficients)
-    log = {f"global_{k}": v for k, v in parts.items()} | {"loss_global": total}
+    total, parts = vicreg_loss(*z_global, **coefficients)  # L_G
+    log = {f"global_{name}": value.detach() for name, value in parts.items()}
+    log["loss_global"] = total.detach()
+
     if z_local is not None:
-        local, parts = vicreg_loss(*z_local, **coefficients)
-        log |= {f"local_{k}": v for k, v in parts.items()} | {"loss_local": local}
-        total = total + local_weight * local
-    return total, {k: v.detach() for k, v in (log | {"loss": total}).items()}
+        loss_local, parts = vicreg_loss(*z_local, **coefficients)  # L_L
+        for name, value in parts.items():
+            log[f"local_{name}"] = value.detach()
+        log["loss_local"] = loss_local.detach()
+        total = total + local_weight * loss_local
+
+    log["loss"] = total.detach()
+    return total, log
+
+
+def gather(z):
+    """All processes' embeddings in rank order, with gradient: (B / N, D) -> (B, D).
+
+    Call it on every embedding before the loss when several processes share a batch: variance and
+    covariance are statistics of the whole batch, and without this each process has another loss.
+    The backward pass sums N equal gradients, and DDP's average over the processes divides by N.
+    With one process it returns z. Source: VICReg's code (FullGatherLayer).
+    """
+    if not dist.is_initialized():
+        return z
+    return torch.cat(dist.nn.functional.all_gather(z))
 
 
 # ---------------------------------------------------------------- 8. optimiser and schedule
@@ -629,12 +702,17 @@ class LARS(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update from the gradients, which it changes; foreach: few kernels, no sync."""
-        everything = [p for group in self.param_groups for p in group["params"]]
-        if layers := [p for p in everything if p.ndim > 1 and p.grad is not None]:
+        """One update from the gradients, which it changes. `_foreach` works on lists of tensors."""
+        layers = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim > 1 and p.grad is not None:
+                    layers.append(p)
+        if layers:
             grads = [p.grad for p in layers]
             torch._foreach_add_(grads, layers, alpha=self.weight_decay)
-            p_norm, g_norm = (torch.stack(torch._foreach_norm(v)) for v in (layers, grads))
+            p_norm = torch.stack(torch._foreach_norm(layers))
+            g_norm = torch.stack(torch._foreach_norm(grads))
             usable = (p_norm > 0) & (g_norm > 0)
             ratio = torch.where(usable, self.trust * p_norm / g_norm, 1.0)
             torch._foreach_mul_(grads, list(ratio.unbind()))
@@ -645,23 +723,27 @@ def cosine_schedule(step, total, warmup, base, floor=0.001):
     """Learning rate of one step: linear warm-up, then a cosine to exactly `floor * base`.
 
     Args: step: 0 ... total - 1; the last has the floor itself. warmup: steps of warm-up, at most
-        half of all; the first has base / warmup. floor: as a share of `base`.
+        half of all; the first has base / warmup. floor: as a fraction of `base`.
     Source: VICReg (arXiv:2105.04906), section 4.2; authors' code.
     """
     warmup = min(warmup, total // 2)
     if step < warmup:
         return base * (step + 1) / warmup
-    progress = (step - warmup) / max(total - 1 - warmup, 1) if total > 1 else 1.0
-    return base * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+    if total == 1:
+        return base * floor
+    progress = min((step - warmup) / max(total - 1 - warmup, 1), 1)  # from 0 to 1
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
+    return base * (floor + (1 - floor) * cosine)
 
 
-# ---------------------------------------------------------------- 9. data and views
+# ---------------------------------------------------------------- 9. prepared data and views
 
 
 def generator(*keys):
     """A CPU random generator that is a function of its keys alone: (seed, "views", step)."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    seed = int.from_bytes(digest[:8], "little") >> 1
+    return torch.Generator().manual_seed(seed)
 
 
 class PreparedData:
@@ -675,33 +757,52 @@ class PreparedData:
     """
 
     def __init__(self, data, root="data"):
-        self.folder = Path(data) if Path(data).is_dir() else Path(root) / data
-        if not (self.folder / "meta.json").is_file():
-            state = "is incomplete (no meta.json)" if self.folder.is_dir() else "does not exist"
-            known = ", ".join(sorted(p.parent.name for p in Path(root).glob("*/meta.json")))
-            raise UserError(
-                f"looked for prepared data in {self.folder}: it {state}; prepared under {root}: "
-                f"{known or 'nothing'}; next: python data_prep.py --help"
-            )
+        self.folder = Path(data)
+        if not self.folder.is_dir():
+            self.folder = Path(root) / data
+        self._require_meta(root)
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            table = pd.read_csv(self.folder / "labels.csv", dtype={"image": str, "patient": str})
-            self.images = self._map("images.npy")
-            self.size = self.images.shape[1]
-            self.masks = self._map("masks.npy") if "has_mask" in table else None
-            self.has_mask = table.reindex(columns=["has_mask"]).eq(1).to_numpy()[:, 0]
-            self.findings = list(self.meta["findings"])
-            self.origin = self.meta.get("options", {}).get("command", self.meta["name"])
-            self.labels = torch.from_numpy(table[self.findings].to_numpy(np.float32, copy=True))
-            self.names, self.patient, self.split = table[["image", "patient", "split"]].to_numpy().T
-            counts = {len(self.images), len(table), self.meta["images"]}
-            if len(counts) > 1 or not len(table):
-                raise ValueError(f"images, rows and meta.json count {sorted(counts)}")
-            pairs = table[["patient", "split"]].drop_duplicates()
-            if (twice := pairs["patient"].duplicated()).any():
-                raise ValueError(f"patient {pairs['patient'][twice].iloc[0]} is in two splits")
+            self._read()
         except (ValueError, KeyError, OSError) as e:
             raise UserError(f"{self.folder} is not prepared data ({e}); prepare it again") from e
+
+    def _require_meta(self, root):
+        """Refuses a folder without meta.json, which is written last."""
+        if (self.folder / "meta.json").is_file():
+            return
+        state = "does not exist"
+        if self.folder.is_dir():
+            state = "is incomplete (no meta.json)"
+        known = ", ".join(sorted(path.parent.name for path in Path(root).glob("*/meta.json")))
+        raise UserError(
+            f"looked for prepared data in {self.folder}: it {state}; prepared under {root}: "
+            f"{known or 'nothing'}; next: python data_prep.py --help"
+        )
+
+    def _read(self):
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        table = pd.read_csv(self.folder / "labels.csv", dtype={"image": str, "patient": str})
+        self.images = self._map("images.npy")
+        self.size = self.images.shape[1]
+        self.findings = list(self.meta["findings"])
+        self.origin = self.meta.get("options", {}).get("command", self.meta["name"])
+        self.labels = torch.from_numpy(table[self.findings].to_numpy(np.float32, copy=True))
+        self.names = table["image"].to_numpy()
+        self.patient = table["patient"].to_numpy()
+        self.split = table["split"].to_numpy()
+        self.masks = None
+        self.has_mask = np.zeros(len(table), bool)
+        if "has_mask" in table:
+            self.masks = self._map("masks.npy")
+            self.has_mask = (table["has_mask"] == 1).to_numpy()
+
+        counts = {len(self.images), len(table), self.meta["images"]}
+        if len(counts) > 1 or len(table) == 0:
+            raise ValueError(f"images, rows and meta.json count {sorted(counts)}")
+        pairs = table[["patient", "split"]].drop_duplicates()
+        twice = pairs["patient"][pairs["patient"].duplicated()]
+        if len(twice):
+            raise ValueError(f"patient {twice.iloc[0]} is in two splits")
 
     def _map(self, name):
         """A uint8 tensor over the file, copy-on-write: nothing is read yet, nothing is written."""
@@ -712,91 +813,133 @@ class PreparedData:
         return torch.from_numpy(np.flatnonzero(np.isin(self.split, splits)))
 
     def boxes(self):
-        """boxes.csv as a table, in prepared pixels; None where the set has none."""
+        """boxes.csv as a table, in prepared pixels; None where the dataset has none."""
         path = self.folder / "boxes.csv"
-        return pd.read_csv(path, dtype={"image": str}) if path.exists() else None
+        if not path.exists():
+            return None
+        return pd.read_csv(path, dtype={"image": str})
 
 
 def gather_images(sets, rows, resident=None):
-    """Images of pooled sets, whose rows (B,) are counted one set after another: (B, S, S) uint8."""
+    """Images of pooled datasets, whose rows (B,) are counted one set after another: (B, S, S)."""
     if resident is not None:
         return resident[rows.to(resident.device)]
-    pool = torch.utils.data.ConcatDataset([s.images for s in sets])
+    pool = torch.utils.data.ConcatDataset([data.images for data in sets])
     return torch.stack([pool[row] for row in rows.tolist()])
 
 
 def prefetch(load, items):
-    """Yields load(item) for every item, the next one being read while the caller works."""
+    """Yields load(item) for every item; a thread loads the next one while the caller works."""
     with ThreadPoolExecutor(1) as pool:
-        futures = (pool.submit(load, item) for item in items)
-        for future, _ahead in pairwise(chain(futures, [None])):
-            yield future.result()
+        waiting = None
+        for item in items:
+            started = pool.submit(load, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = started
+        if waiting is not None:
+            yield waiting.result()
 
 
 def resize_matrix(start, length, source, size, flip=None):
     """Crop and antialiased bicubic resize along one axis, as one matrix an image.
 
+    Every output pixel is a weighted mean of the source pixels around it. Row i of the matrix holds
+    the weights of output pixel i, so A @ image @ B.T crops and resizes both axes.
     Args: start, length: (B,) first pixel and number of pixels of the crop. source: pixels of the
         uncropped axis. size: pixels of the result. flip: (B,) bool, mirror the result; or None.
-    Returns: float32 (B, size, source), rows summing to 1: A @ image @ B.T crops and resizes.
+    Returns: float32 (B, size, source), rows summing to 1.
     Source: torchvision's antialiased resize (cubic with a = -0.5), which it equals to 1e-5.
     """
-    scale = (length / size)[:, None]  # (B, 1)
-    stretch = scale.clamp(min=1)
+    # Where the centre of each output pixel lies, in pixels of the crop.
+    scale = (length / size)[:, None]  # (B, 1), source pixels for one output pixel
     out = torch.arange(size, device=start.device)
-    out = out if flip is None else torch.where(flip[:, None], size - 1 - out, out)
-    center = (out + 0.5) * scale  # (B, size), in pixels of the crop
+    if flip is not None:
+        out = torch.where(flip[:, None], size - 1 - out, out)
+    center = (out + 0.5) * scale  # (B, size)
+
+    # The kernel reaches two pixels to each side; when shrinking, it is stretched (antialiasing).
+    stretch = scale.clamp(min=1)
     first = (center - 2 * stretch + 0.5).floor().clamp(min=0)
     last = torch.minimum((center + 2 * stretch + 0.5).floor(), length[:, None])
     taps = torch.arange(int(4 * max(1, source / size)) + 2, device=start.device)
-    pixel = first[..., None] + taps  # (B, size, T)
+    pixel = first[..., None] + taps  # (B, size, T), the source pixels under the kernel
+
+    # Cubic kernel of the distance x, zero beyond 2 and beyond the crop.
     x = ((pixel + 0.5 - center[..., None]) / stretch[..., None]).abs()
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weight = torch.where(x < 1, near, far) * ((x < 2) & (pixel < last[..., None]))
+    near = (1.5 * x - 2.5) * x * x + 1  # 0 <= x < 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2  # 1 <= x < 2
+    inside = (x < 2) & (pixel < last[..., None])
+    weight = torch.where(x < 1, near, far) * inside
     weight = weight / weight.sum(-1, keepdim=True)
+
+    # From T weights at their pixels to a row over all source pixels.
     index = (pixel + start[:, None, None]).clamp(max=source - 1).long()
-    return weight.new_zeros(len(start), size, source).scatter_add_(2, index, weight)
+    matrix = weight.new_zeros(len(start), size, source)
+    return matrix.scatter_add_(2, index, weight)
 
 
 def resize_images(images, size):
     """Whole images, antialiased bicubic: uint8 (B, S, S) -> float32 (B, size, size) in [0, 1]."""
     x = images.float() / 255
-    if x.shape[-1] == size:
+    source = x.shape[-1]
+    if source == size:
         return x
-    whole = torch.tensor([x.shape[-1]], device=x.device)
-    matrix = resize_matrix(torch.zeros_like(whole), whole, x.shape[-1], size)[0]
+    start = torch.zeros(1, device=x.device)
+    length = torch.full((1,), source, device=x.device)
+    matrix = resize_matrix(start, length, source, size)[0]
     return (matrix @ x @ matrix.T).clamp(0, 1)
 
 
 def normalise(x):
     """Gray (B, H, W) in [0, 1] -> (B, 3, H, W) with ImageNet's mean and standard deviation."""
-    mean, std = (x.new_tensor(v) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((x[..., None] - mean) / std).permute(0, 3, 1, 2)  # channels-last, as encoders take it
+    mean = x.new_tensor(IMAGENET_MEAN)
+    std = x.new_tensor(IMAGENET_STD)
+    x = (x[..., None] - mean) / std  # (B, H, W) -> (B, H, W, 3)
+    return x.permute(0, 3, 1, 2)  # channels-last memory, as the encoder takes it
 
 
 def warp(x, angle, scale=1.0, shift=(0.0, 0.0)):
-    """Rotates (degrees, counter-clockwise), scales, shifts (share of the side) images (B, H, W)."""
-    cos, sin = angle.deg2rad().cos() / scale, angle.deg2rad().sin() / scale
-    dx, dy = (torch.zeros_like(angle) + 2 * s / scale for s in shift)
-    theta = torch.stack([cos, -sin, dx, sin, cos, dy], 1).unflatten(1, (2, 3))
-    grid = F.affine_grid(theta.to(x), [len(x), 1, *x.shape[1:]], align_corners=False)
+    """Rotates, scales and shifts images (B, H, W), bilinear; black comes in from outside.
+
+    Args: angle: (B,) degrees, counter-clockwise. scale: number or (B,). shift: x and y, each a
+        number or (B,), as a fraction of the side.
+    """
+    cos = angle.deg2rad().cos() / scale
+    sin = angle.deg2rad().sin() / scale
+    dx = torch.zeros_like(angle) + 2 * shift[0] / scale
+    dy = torch.zeros_like(angle) + 2 * shift[1] / scale
+    theta = torch.stack([cos, -sin, dx, sin, cos, dy], 1).unflatten(1, (2, 3)).to(x)
+    grid = F.affine_grid(theta, [len(x), 1, *x.shape[1:]], align_corners=False)
     return F.grid_sample(x[:, None], grid, align_corners=False)[:, 0]
+
+
+def blur_matrix(sigma, size, taps=23):
+    """Gaussian blur along one axis, edges reflected: sigma (B,) in pixels -> (B, size, size)."""
+    reach = min(taps, 2 * size - 1) // 2
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)  # (B, taps)
+    # The blur of every unit vector is the matrix.
+    unit_vectors = torch.eye(size, device=sigma.device)[:, None]  # (size, 1, size)
+    padded = F.pad(unit_vectors, (reach, reach), mode="reflect")
+    return F.conv1d(padded, kernel[:, None]).permute(1, 2, 0)  # (size, B, size) -> (B, size, size)
 
 
 @dataclass
 class RandomViews:
-    """Two random views of every image, VICReg's asymmetric recipe on gray images, batched.
+    """Two random views of every image: VICReg's asymmetric recipe on gray images, batched.
 
-    Crop, flip and antialiased bicubic resize are one pair of small matrices A x B'; then
-    brightness and contrast (probability 0.8, in random order), blur (23 taps; always on view 1,
-    with probability 0.1 on view 2), solarize (view 2); rotation comes first of all. Parameters are
-    drawn for each image on the CPU, so that they depend on the generator alone.
+    In this order: rotation; crop, flip and antialiased bicubic resize, which are one pair of small
+    matrices, A x B'; brightness and contrast (probability 0.8, in random order); blur (23 taps;
+    always on view 1, with probability 0.1 on view 2); solarize (view 2). Parameters are drawn for
+    each image on the CPU, so that they depend on the generator alone.
 
-    Args: size: side of the views. crop_min: smallest area share. flip, solarize: probabilities.
-        jitter: strength, at most 1. blur: largest sigma in pixels (smallest 0.1). rotation: largest
-        angle in degrees. identical_views: view 2 is view 1.
+    Args: size: side of the views. crop_min: smallest fraction of the area. flip, solarize:
+        probabilities. jitter: strength, at most 1. blur: largest sigma in pixels (smallest 0.1).
+        rotation: largest angle in degrees. identical_views: view 2 is view 1.
     Call: (images (B, S, S) uint8, generator) -> view1, view2 (B, 3, size, size) normalised.
-    Needs: resize_matrix, warp, normalise. Source: authors' code (from VICReg).
+    Needs: resize_matrix, blur_matrix, warp, normalise. Source: authors' code (from VICReg).
     """
 
     # Deviation: one gray channel, without hue, saturation and grayscale, which change nothing.
@@ -811,20 +954,32 @@ class RandomViews:
     identical_views: bool = False
 
     def draw(self, batch, source, generator):
-        """Parameters of both views: a dict of (2, batch) tensors, from the generator alone."""
+        """Parameters of both views, from the generator alone.
+
+        Args: batch: B. source: side of the images in pixels.
+        Returns: a dict of (2, B) tensors; row 0 belongs to view 1, row 1 to view 2.
+        """
 
         def uniform(low, high, *shape):
             return low + (high - low) * torch.rand(2, batch, *shape, generator=generator)
 
-        area = source**2 * uniform(self.crop_min, 1, 10)  # ten attempts, as in torchvision
+        # Crop: ten attempts at a random area and aspect ratio, as in torchvision.
+        area = source**2 * uniform(self.crop_min, 1, 10)  # (2, B, 10)
         ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
-        sides = torch.stack([area * ratio, area / ratio]).sqrt().round()  # width, height
-        fits = ((sides > 0) & (sides <= source)).all(0)  # (2, batch, 10)
-        first = fits.float().argmax(-1)[None, ..., None]  # where none fits: 0, the whole image
-        sides = torch.where(fits, sides, float(source)).take_along_dim(first, -1)
-        (width, height), jittered = sides[..., 0], uniform(0, 1) < 0.8
+        width = (area * ratio).sqrt().round()
+        height = (area / ratio).sqrt().round()
+        # The first attempt that fits into the image is taken; if none fits, the whole image.
+        fits = (width > 0) & (width <= source) & (height > 0) & (height <= source)
+        first = fits.float().argmax(-1, keepdim=True)  # (2, B, 1), index of the first that fits
+        none_fits = ~fits.any(-1)
+        width = width.gather(-1, first)[..., 0].masked_fill(none_fits, source)  # (2, B)
+        height = height.gather(-1, first)[..., 0].masked_fill(none_fits, source)
+
+        jittered = uniform(0, 1) < 0.8
         low, high = 1 - self.jitter, 1 + self.jitter
-        p = {
+        blur_probability = torch.tensor([[1.0], [0.1]])  # of view 1, of view 2
+        solarize_probability = torch.tensor([[0.0], [self.solarize]])
+        params = {
             "top": (uniform(0, 1) * (source - height + 1)).floor(),
             "left": (uniform(0, 1) * (source - width + 1)).floor(),
             "height": height,
@@ -834,46 +989,54 @@ class RandomViews:
             "brightness": torch.where(jittered, uniform(low, high), 1.0),
             "contrast": torch.where(jittered, uniform(low, high), 1.0),
             "brightness_first": uniform(0, 1) < 0.5,
-            "blurred": (uniform(0, 1) < torch.tensor([[1.0], [0.1]])) & (self.blur > 0),
+            "blurred": (uniform(0, 1) < blur_probability) & (self.blur > 0),
             "sigma": uniform(0.1, max(self.blur, 0.1)),
-            "solarized": uniform(0, 1) < torch.tensor([[0.0], [self.solarize]]),
+            "solarized": uniform(0, 1) < solarize_probability,
         }
-        return {k: v[:1].expand(2, -1) for k, v in p.items()} if self.identical_views else p
+        if self.identical_views:
+            params = {name: value[:1].expand(2, -1) for name, value in params.items()}
+        return params
 
-    def render(self, images, p):
+    def render(self, images, params):
         """One view: (B, S, S) images and (B,) parameters -> (B, size, size) in [0, 1]."""
-        blurred, rotated = p["blurred"].nonzero()[:, 0], p["angle"].any()  # on the CPU: no sync
-        p = {k: v.to(images.device, non_blocking=True) for k, v in p.items()}
+        # Read on the CPU, where the parameters are: asking the GPU would wait for it.
+        rotated = bool(params["angle"].any())
+        blurred = params["blurred"].nonzero()[:, 0]  # images to be blurred
+        p = {name: v.to(images.device, non_blocking=True) for name, v in params.items()}
+
+        # Geometry.
         x, source = images.float() / 255, images.shape[-1]
-        x = warp(x, p["angle"]) if rotated else x
+        if rotated:
+            x = warp(x, p["angle"])
         rows = resize_matrix(p["top"], p["height"], source, self.size)
-        cols = resize_matrix(p["left"], p["width"], source, self.size, p["flip"])
-        x = (rows @ x @ cols.mT).clamp_(0, 1)  # (B, S, S) -> (B, size, size)
-        tones = {k: v[:, None, None] for k, v in p.items()}
-        brightness, contrast = tones["brightness"], tones["contrast"]
-        x = x.mul_(torch.where(tones["brightness_first"], brightness, 1.0)).clamp_(0, 1)
-        x = torch.addcmul((1 - contrast) * x.mean((1, 2), keepdim=True), x, contrast).clamp_(0, 1)
-        x = x.mul_(torch.where(tones["brightness_first"], 1.0, brightness)).clamp_(0, 1)
+        columns = resize_matrix(p["left"], p["width"], source, self.size, p["flip"])
+        x = (rows @ x @ columns.mT).clamp_(0, 1)  # (B, S, S) -> (B, size, size)
+
+        # Brightness multiplies; contrast mixes with the mean of the image.
+        first = p["brightness_first"][:, None, None]
+        brightness = p["brightness"][:, None, None]
+        contrast = p["contrast"][:, None, None]
+        x = x.mul_(torch.where(first, brightness, 1.0)).clamp_(0, 1)
+        mean = x.mean((1, 2), keepdim=True)
+        x = torch.addcmul((1 - contrast) * mean, x, contrast).clamp_(0, 1)
+        x = x.mul_(torch.where(first, 1.0, brightness)).clamp_(0, 1)
+
+        # Blur, then solarize: bright pixels are inverted.
         if len(blurred):
             blurred = blurred.to(x.device, non_blocking=True)
-            g = blur_matrix(p["sigma"][blurred], self.size)
-            x[blurred] = g @ x[blurred] @ g.mT
-        return torch.where(tones["solarized"] & (x >= 128 / 255), 1 - x, x)
+            blur = blur_matrix(p["sigma"][blurred], self.size)
+            x[blurred] = blur @ x[blurred] @ blur.mT
+        bright = p["solarized"][:, None, None] & (x >= 128 / 255)
+        return torch.where(bright, 1 - x, x)
 
     def __call__(self, images, generator=None, params=None):
-        params = params or self.draw(len(images), images.shape[-1], generator)
-        one, two = ({k: v[i] for k, v in params.items()} for i in (0, 1))
-        return normalise(self.render(images, one)), normalise(self.render(images, two))
-
-
-def blur_matrix(sigma, size, taps=23):
-    """Gaussian blur along one axis, edges reflected: sigma (B,) in pixels -> (B, size, size)."""
-    reach = min(taps, 2 * size - 1) // 2
-    offset = torch.arange(-reach, reach + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)  # (B, taps)
-    eye = F.pad(torch.eye(size, device=sigma.device)[:, None], (reach, reach), mode="reflect")
-    return F.conv1d(eye, kernel[:, None]).permute(1, 2, 0)  # (size, B, size) -> (B, size, size)
+        if params is None:
+            params = self.draw(len(images), images.shape[-1], generator)
+        params1 = {name: value[0] for name, value in params.items()}
+        params2 = {name: value[1] for name, value in params.items()}
+        view1 = normalise(self.render(images, params1))
+        view2 = normalise(self.render(images, params2))
+        return view1, view2
 
 
 # ---------------------------------------------------------------- 10. pre-training
@@ -1050,15 +1213,6 @@ def autocast(device, amp):
     amp = {"cuda": "bf16"}.get(device.type, "off") if amp == "auto" else amp
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
-def gather(z):
-    """All processes' embeddings in rank order, with gradient: (B / N, D) -> (B, D).
-
-    Every process then has the loss of the whole batch; the gather's backward sums N equal
-    gradients, and DDP's average over the processes divides by N again.
-    """
-    return torch.cat(dist.nn.functional.all_gather(z)) if dist.is_initialized() else z
 
 
 def any_process(flag, device):
@@ -1905,8 +2059,7 @@ def gradcam(model, images, finding):
     Returns: (B, H, W) in [0, 1]. Source: arXiv:1610.02391.
     """
     x, encoder = images.expand(-1, 3, -1, -1), model.encoder
-    for level in LEVELS:
-        x = encoder.refine(level, encoder.stage(level, x))[1]
+    x = encoder.features(x)[0]
     cam = F.relu((model.fc.weight[finding][:, None, None] * x).sum(1, keepdim=True))
     cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear")[:, 0]
     return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
@@ -1994,11 +2147,14 @@ def export(config):
 class LiteralMLVICX(MLVICX):
     """The model by its definition, one view after the other, for comparison."""
 
-    def pool(self, h, maps):
-        return h, aggregate_literal(maps, self.local_head.convs).flatten(1)
-
-    def embed(self, *pooled):
-        return [self.global_head(h) for h, _ in pooled], [self.local_head.mlp(x) for _, x in pooled]
+    def forward(self, view1, view2):
+        z_global, z_local = [], []
+        for view in (view1, view2):
+            h, maps = self.encoder(view)
+            flat = aggregate_literal(maps, self.local_head.convs).flatten(1)
+            z_global.append(self.global_head(h))
+            z_local.append(self.local_head.mlp(flat))
+        return z_global, z_local
 
 
 def torchvision_views(images, size):
