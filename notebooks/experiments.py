@@ -174,7 +174,7 @@ def judge(study, task, mode, share, method):
     entry["task"] = task
     if verb == "classify":
         entry["groups"] = group_means(out, m.PreparedData(flags.split()[1]))
-    m.store_json(out / "entry.json", entry)
+    m.write_json(out / "entry.json", entry)
 
 
 def group_means(out, data):
@@ -287,7 +287,7 @@ def floors():
         groups |= {f"mean of {g}": members for g, members in data.meta.get("groups", {}).items()}
         means = {g: np.mean([found[task][n] for n in members]) for g, members in groups.items()}
         found[task] |= means
-    m.store_json(RESULTS / "floors.json", found)
+    m.write_json(RESULTS / "floors.json", found)
 
 
 def supervised():
@@ -295,14 +295,14 @@ def supervised():
     words = "classify --data demo --mode finetune --weights random --context none --size 128 "
     words += "--epochs 30 --patience 10 --lr 0.001 --amp bf16"
     found = command(f"{words} --out {folder('supervised')}")
-    m.store_json(RESULTS / "supervised.json", {"command": words} | found)
+    m.write_json(RESULTS / "supervised.json", {"command": words} | found)
 
 
 def failures():
     """Writes the metrics.csv of small runs, one healthy and others not, to results/logs/."""
     data = m.PreparedData("demo")
     for name, (count, flags) in FAILURES.items():
-        out, kept = folder("failure", name), data.indices("train", "val")[:count]
+        out, kept = folder("failure", name), data.indices("train")[:count]
         out.parent.mkdir(parents=True, exist_ok=True)
         ids = out.with_suffix(".txt")
         ids.write_text("\n".join(np.delete(data.names, kept)))
@@ -316,7 +316,7 @@ def notebook_run(folder, runs):
     Args: folder: prepared set; runs: where the run folder lies. Returns: the run folder.
     """
     data, quiet = m.PreparedData(folder), io.StringIO()
-    run, kept = runs / f"notebook-{data.meta['name']}", data.indices("train", "val")[:1500]
+    run, kept = runs / f"notebook-{data.meta['name']}", data.indices("train")[:1500]
     ids = run.with_suffix(".txt")
     runs.mkdir(exist_ok=True)
     ids.write_text("\n".join(np.delete(data.names, kept)))
@@ -326,6 +326,18 @@ def notebook_run(folder, runs):
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         config = m.make_config("pretrain", m.PretrainConfig, given | {"context": "side"})
         return m.pretrain(config)
+
+
+def spatial_maps(encoder, images):
+    """Spatial attention of every context-bottleneck: (B, 3, H, W) -> list of (B, 1, H_k, W_k)."""
+    maps, hooks = [], []
+    for block in encoder.context.values():
+        keep = lambda module, inputs, output: maps.append(output.sigmoid())  # noqa: E731
+        hooks.append(block.spatial.conv.register_forward_hook(keep))
+    encoder(images)
+    for hook in hooks:
+        hook.remove()
+    return maps
 
 
 def tables():
