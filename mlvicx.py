@@ -23,7 +23,6 @@ N images in a set, S side of the stored images, F findings. "split" is train, va
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -36,7 +35,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -83,7 +82,7 @@ def parse_numbers(text):
     return tuple(json.loads(f"[{text}]"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RunConfig:
     """Settings that all runs have in common."""
 
@@ -101,7 +100,7 @@ class RunConfig:
     overwrite: bool = False  # replace the files of an earlier run in the run folder
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """Settings of `pretrain`; the defaults are the authors' recipe, where their code has one."""
 
@@ -135,7 +134,7 @@ class PretrainConfig(RunConfig):
     deterministic: bool = False  # bit-exact resume on CUDA too, at some cost in speed
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EvalConfig(RunConfig):
     """Settings that `classify` and `segment` share; fine-tuning follows the authors' code."""
 
@@ -148,14 +147,14 @@ class EvalConfig(RunConfig):
     lr: float = 0.0003  # AdamW learning rate
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ClassifyConfig(EvalConfig):
     """Settings of `classify`."""
 
     findings: str = ""  # findings to evaluate, joined by commas; without it, all
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SegmentConfig(EvalConfig):
     """Settings of `segment`."""
 
@@ -163,18 +162,18 @@ class SegmentConfig(EvalConfig):
     lr: float = 0.001  # AdamW learning rate
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PredictConfig:
     """Settings of `predict`."""
 
-    files: list = field(default_factory=list)  # X-ray files (PNG, JPEG, DICOM), or folders of them
+    files: tuple = ()  # X-ray files (PNG, JPEG, DICOM), or folders of them
     weights: str = "classifier.pt"  # classifier.pt of a `classify` run
     out: str = "predictions.csv"  # CSV file to write
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (mps is untried)
     overwrite: bool = False  # replace the CSV file if it exists
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ExportConfig:
     """Settings of `export`."""
 
@@ -224,16 +223,14 @@ def make_config(command, cls, given):
     Returns: an instance of cls. Raises: UserError for a number outside of its limits.
     """
     dataset = Path(given.get("data", "demo")).name
-    values = dict(PRESETS.get((command, dataset), {}))
-    values.update(given)
-    config = cls(**values)
+    preset = PRESETS.get((command, dataset), {})
+    config = cls(**dict(preset, **given))
     for name, value in asdict(config).items():
         if isinstance(value, (int, float, tuple)):
             numbers = np.ravel(value)
             low, high = LIMITS.get(name, (0, sys.float_info.max))
-            valid = all((numbers >= low) & (numbers <= high)) and 0 < len(numbers) == len(
-                set(numbers)
-            )
+            distinct = 0 < len(numbers) == len(set(numbers))
+            valid = distinct and all((numbers >= low) & (numbers <= high))
             flag = "--" + name.replace("_", "-")
             require(valid, f"{flag}: expected distinct numbers, {low:g} to {high:g}, found {value}")
     return config
@@ -429,31 +426,30 @@ class GlobalProjector(nn.Module):
         return self.mlp(h)
 
 
-def aggregate_literal(maps, convs, resolution=64, grid=4):
+def aggregate_literal(maps, convs):
     """The multi-level map by its definition: resize, 1x1 convolution, sum, average pool.
 
-    Args: maps: K tensors (B, C_k, H_k, W_k). convs: K 1x1 convolutions C_k -> C. resolution: side
-        to which every map is resized (bilinear). grid: side of the pooled result.
-    Returns: (B, C, grid, grid). Source: authors' code.
+    Args: maps: K tensors (B, C_k, H_k, W_k). convs: K 1x1 convolutions C_k -> C.
+    Returns: (B, C, 4, 4). Source: authors' code.
     """
     total = 0
     for x, conv in zip(maps, convs, strict=True):
-        x = F.interpolate(x, size=(resolution, resolution), mode="bilinear", align_corners=False)
+        x = F.interpolate(x, size=(64, 64), mode="bilinear", align_corners=False)
         total = total + conv(x)  # (B, C_k, 64, 64) -> (B, C, 64, 64)
-    return F.adaptive_avg_pool2d(total, grid)
+    return F.adaptive_avg_pool2d(total, 4)
 
 
-def pool_matrix(side, resolution, grid, like):
-    """(grid, side) matrix of one axis: bilinear resize from `side` to `resolution`, then pooling.
+def pool_matrix(side, like):
+    """(4, side) matrix of one axis: bilinear resize from `side` to 64, then pooling to 4.
 
     Resizing and pooling are linear: applied to the unit vectors, they give their own matrix.
     """
     unit_vectors = torch.eye(side, dtype=like.dtype, device=like.device)
-    resized = F.interpolate(unit_vectors[None], size=resolution, mode="linear", align_corners=False)
-    return F.adaptive_avg_pool1d(resized, grid)[0].T  # (1, side, 64) -> (1, side, 4) -> (4, side)
+    resized = F.interpolate(unit_vectors[None], size=64, mode="linear", align_corners=False)
+    return F.adaptive_avg_pool1d(resized, 4)[0].T  # (1, side, 64) -> (1, side, 4) -> (4, side)
 
 
-def aggregate(maps, convs, resolution=64, grid=4):
+def aggregate(maps, convs):
     """`aggregate_literal` exactly, but every map is pooled before its convolution.
 
     All steps are linear, and they act on different axes, so their order may change. The 1x1
@@ -463,15 +459,14 @@ def aggregate(maps, convs, resolution=64, grid=4):
     # Deviation: maps are pooled before their convolutions; same value and gradients, less work.
     total = 0
     for x, conv in zip(maps, convs, strict=True):
-        rows = pool_matrix(x.shape[2], resolution, grid, like=x)  # (4, H)
-        columns = pool_matrix(x.shape[3], resolution, grid, like=x)  # (4, W)
+        rows, columns = pool_matrix(x.shape[2], x), pool_matrix(x.shape[3], x)  # (4, H), (4, W)
         # The weight of every pixel (H x W) in every cell of the grid (4 x 4).
         weights = torch.kron(rows, columns).expand(len(x), -1, -1)  # (B, 16, H W)
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, C_k, H, W) -> (B, H W, C_k)
         pooled = torch.bmm(weights, pixels)  # (B, 16, C_k)
         # A 1x1 convolution is a linear layer on the channels.
         total = total + F.linear(pooled, conv.weight.flatten(1), conv.bias)  # (B, 16, C)
-    return total.transpose(1, 2).unflatten(2, (grid, grid))  # (B, C, 4, 4)
+    return total.transpose(1, 2).unflatten(2, (4, 4))  # (B, C, 4, 4)
 
 
 class LocalProjector(nn.Module):
@@ -747,14 +742,12 @@ class PreparedData:
         self.folder = Path(data)
         if not self.folder.is_dir():
             self.folder = Path(root) / data
-        known = sorted(path.parent.name for path in Path(root).glob("*/meta.json"))
-        text = f"{self.folder} does not exist or is incomplete: it has no meta.json"
-        text += f"; prepared under {root}: {known}; next: python data_prep.py --help"
-        require((self.folder / "meta.json").is_file(), text)
         try:
             self._read()
         except (ValueError, KeyError, OSError) as e:
-            raise UserError(f"{self.folder} is not prepared data ({e}); prepare it again") from e
+            known = sorted(path.parent.name for path in Path(root).glob("*/meta.json"))
+            text = f"{self.folder} is missing or not prepared data ({e}); prepared under {root}: "
+            raise UserError(f"{text}{known}; next: python data_prep.py --help") from e
 
     def _read(self):
         self.meta = json.loads((self.folder / "meta.json").read_text())
@@ -1071,15 +1064,6 @@ def load_checkpoint(path):
         raise UserError(f"{path} is damaged, or not written by this program: {reason}") from e
 
 
-def load_weights(module, state, path):
-    """`load_state_dict` that must fit; raises UserError naming the file and the first key."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as e:
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(f"{path} is of another architecture: {reason}") from e
-
-
 def provenance():
     """Command, versions and machine, for config.json and results.json."""
     machine = platform.platform()
@@ -1162,7 +1146,7 @@ def setup(name="auto", deterministic=False):
     torch.use_deterministic_algorithms(deterministic)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    several = dist.is_available() and dist.is_torchelastic_launched()  # by torchrun
+    several = dist.is_torchelastic_launched()  # by torchrun
     if several and name == "cuda":
         name = "cuda:" + os.environ["LOCAL_RANK"]
     try:
@@ -1381,14 +1365,13 @@ def pretraining_rows(sets, exclude_ids="", include_val=False):
 
 def choose_batch_size(wanted, images, device, world=1):
     """The batch of `--batch-size`; 0: 256 on CUDA, 64 elsewhere, never more than the images."""
-    batch_size = wanted
     if wanted == 0:
-        batch_size = min({"cuda": 256}.get(device.type, 64), images)
-        batch_size -= batch_size % world
-    possible = 2 * world <= batch_size <= images and batch_size % world == 0
+        wanted = min({"cuda": 256}.get(device.type, 64), images)
+        wanted -= wanted % world
+    possible = 2 * world <= wanted <= images and wanted % world == 0
     expected = f"expected 2 to {images}, in {world} equal parts"
-    require(possible, f"--batch-size {batch_size}: {expected}")
-    return batch_size
+    require(possible, f"--batch-size {wanted}: {expected}")
+    return wanted
 
 
 class BatchLoader:
@@ -1457,7 +1440,7 @@ def for_training(model, device, world=1, compile=False):
 
 LOSS_WEIGHTS = ("local_weight", "sim_coeff", "std_coeff", "cov_coeff")
 READ_EVERY = 5  # steps
-VIEW_SETTINGS = tuple(f.name for f in dataclasses.fields(RandomViews))
+VIEW_SETTINGS = tuple(f.name for f in fields(RandomViews))
 
 
 def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_weights):
@@ -1688,7 +1671,7 @@ def pretrain(config):
     with stop_signals() as signals, training_folder(config, sets, rank, world, **chosen) as folder:
         state.restore(folder)
         saved = time.monotonic()
-        steps = tqdm(range(state.step, total_steps), disable=not sys.stderr.isatty())
+        steps = tqdm(range(state.step, total_steps), disable=None)
         for step, images, params in prefetch(loader.load, steps):
             # One step: learning rate, two views of every image, update of the weights.
             lr = cosine_schedule(step, total_steps, warmup_steps, config.lr * batch_size / 256)
@@ -1724,12 +1707,33 @@ def pretrain(config):
 # ---- encoders and labels
 
 
+def load_module(path, name):
+    """The encoder or the classifier of a weight file, and all that the file holds.
+
+    Args: name: "encoder" or "classifier".
+    Raises: UserError if the file holds no such module, or naming the key that does not fit.
+    """
+    # Deviation: a file that does not fit is an error; context-bottlenecks go along downstream.
+    # The authors' code goes on with a random encoder, and drops the blocks.
+    state = load_checkpoint(path)
+    held = f"{path} holds {sorted(state)}; expected a file like {name}.pt"
+    require({name, "arch"} <= set(state), held)
+    module = Encoder(**state["arch"])
+    if name == "classifier":
+        module = Classifier(module, len(state["findings"]))
+    try:
+        module.load_state_dict(state[name])
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(f"{path} is of another architecture: {reason}") from e
+    return module, state
+
+
 def load_encoder(weights, seed=0, backbone="resnet18", context="side", attention="both"):
     """The encoder that `--weights` names: "random", "imagenet", or a file of `pretrain`.
 
     Args: seed, context, attention: of random weights. backbone: of the first two.
     Returns: encoder, and what the file says of its origin ({} for the first two).
-    Raises: UserError naming the key that does not fit.
     """
     if weights == "random":
         torch.manual_seed(seed)
@@ -1738,14 +1742,7 @@ def load_encoder(weights, seed=0, backbone="resnet18", context="side", attention
         encoder = Encoder(backbone, "none")
         encoder.load_state_dict(imagenet_state(backbone))
         return encoder, {}
-    # Deviation: a file that does not fit is an error; context-bottlenecks go along downstream.
-    # The authors' code goes on with a random encoder, and drops the blocks.
-    state = load_checkpoint(weights)
-    held = f"{weights} holds {sorted(state)}, not an encoder; expected an encoder.pt"
-    require({"encoder", "arch"} <= set(state), held)
-    encoder = Encoder(**state["arch"])
-    load_weights(encoder, state["encoder"], weights)
-    return encoder, state
+    return load_module(weights, "encoder")
 
 
 def label_subset(data, fraction, seed=0):
@@ -1765,11 +1762,10 @@ def label_subset(data, fraction, seed=0):
 def warn_overlap(seen, evaluated):
     """Says where weights may have seen the test images, unlabelled, in their pre-training."""
     of_nih = {"nih", "chestmnist", "rsna", "siim"}  # whose images are NIH's
-    if evaluated not in of_nih:
-        return
-    for name in sorted((of_nih & set(seen)) - {evaluated}):
-        text = f"{evaluated} holds NIH images, as {name} does: these weights may have seen its test"
-        print(f"warning: {text} images, unlabelled", file=sys.stderr)
+    others = (of_nih & set(seen)) - {evaluated}
+    if evaluated in of_nih and others:
+        text = f"{evaluated} holds NIH images, as {', '.join(sorted(others))} does"
+        print(f"warning: {text}: these weights may have seen its test images", file=sys.stderr)
 
 
 # ---- classification models
@@ -1819,40 +1815,11 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
 # ---- segmentation models
 
 
-class UNetDecoder(nn.Module):
-    """U-Net decoder over the five refined maps: K maps -> (B, H, W) logits.
-
-    Args:
-        channels: C_k of the maps, finest first. widths: channels after each of the four steps up.
-    Source: ours, after U-Net (arXiv:1505.04597); the authors' code has no segmentation.
-    """
-
-    def __init__(self, channels=(64, 64, 128, 256, 512), widths=(256, 128, 64, 32)):
-        super().__init__()
-        self.blocks = nn.ModuleList()
-        below = channels[-1]
-        for skip, width in zip(channels[-2::-1], widths, strict=True):
-            block = nn.Sequential(
-                torchvision.ops.Conv2dNormActivation(below + skip, width),
-                torchvision.ops.Conv2dNormActivation(width, width),
-            )
-            self.blocks.append(block)
-            below = width
-        self.head = nn.Conv2d(below, 1, 1)
-
-    def forward(self, maps, size):
-        x = maps[-1]
-        for skip, block in zip(maps[-2::-1], self.blocks, strict=True):
-            x = F.interpolate(x, size=skip.shape[2:], mode="bilinear")
-            x = block(torch.cat([x, skip], 1))  # (B, C + C_k, H_k, W_k) -> (B, width, H_k, W_k)
-        logits = self.head(x)  # (B, 1, H_1, W_1)
-        return F.interpolate(logits, size=size, mode="bilinear")[:, 0]
-
-
 class Segmenter(nn.Module):
-    """Encoder and decoder: (B, 3, H, W) -> (B, H, W) logits. Needs: UNetDecoder.
+    """Encoder, and a U-Net decoder over its five refined maps: (B, 3, H, W) -> (B, H, W) logits.
 
     Args: frozen: the encoder stays in eval mode and without gradient, whatever `train()` says.
+    Needs: Encoder. Source: ours, after U-Net (arXiv:1505.04597); the authors have no segmentation.
     """
 
     # Deviation: frozen is frozen, BatchNorm statistics too.
@@ -1861,16 +1828,31 @@ class Segmenter(nn.Module):
         super().__init__()
         self.encoder = encoder.requires_grad_(not frozen)
         self.frozen = frozen
-        self.decoder = UNetDecoder(encoder.channels)
+        self.blocks = nn.ModuleList()
+        below = encoder.channels[-1]
+        finer = encoder.channels[-2::-1]  # channels of the levels 4, 3, 2, 1
+        for skip, width in zip(finer, (256, 128, 64, 32), strict=True):
+            block = nn.Sequential(
+                torchvision.ops.Conv2dNormActivation(below + skip, width),
+                torchvision.ops.Conv2dNormActivation(width, width),
+            )
+            self.blocks.append(block)
+            below = width
+        self.head = nn.Conv2d(below, 1, 1)
 
     def train(self, mode=True):
         super().train(mode)
         self.encoder.train(mode and not self.frozen)
         return self
 
-    def forward(self, x):
-        _, maps = self.encoder(x)
-        return self.decoder(maps, x.shape[2:])
+    def forward(self, images):
+        _, maps = self.encoder(images)
+        x = maps[-1]
+        for skip, block in zip(maps[-2::-1], self.blocks, strict=True):
+            x = F.interpolate(x, size=skip.shape[2:], mode="bilinear")
+            x = block(torch.cat([x, skip], 1))  # (B, C + C_k, H_k, W_k) -> (B, width, H_k, W_k)
+        logits = self.head(x)  # (B, 1, H_1, W_1)
+        return F.interpolate(logits, size=images.shape[2:], mode="bilinear")[:, 0]
 
 
 def segmentation_loss(logits, mask):
@@ -1880,16 +1862,10 @@ def segmentation_loss(logits, mask):
     return F.binary_cross_entropy_with_logits(logits, mask) + 1 - dice
 
 
-def resize_masks(masks, size):
-    """0/1 masks uint8 (N, S, S) -> float32 0/1 (N, size, size)."""
-    return F.interpolate(masks[:, None].float(), size=size)[:, 0]
-
-
 def mask_counts(predicted, mask):
     """Pixels of intersection, prediction and truth of every image: two (B, H, W) -> (B, 3)."""
     predicted, mask = predicted.bool(), mask.bool()
-    parts = [predicted & mask, predicted, mask]
-    return torch.stack([part.sum((1, 2)) for part in parts], 1)
+    return torch.stack([part.sum((1, 2)) for part in (predicted & mask, predicted, mask)], 1)
 
 
 DICE_NAMES = ("dice_all", "dice_positive", "dice_pooled", "dice_blank", "iou_pooled")
@@ -1932,7 +1908,7 @@ def segmentation_counts(model, data, rows, thresholds, size, amp="auto"):
     counts = []
     for part in rows.split(64):  # some images at a time
         probability = predict(model, data.images, part, size, amp).sigmoid()
-        mask = resize_masks(data.masks[part], size)
+        mask = resize_images(255 * data.masks[part], size) > 0.5  # as the images are resized
         counts.append(torch.stack([mask_counts(probability > t, mask) for t in thresholds]))
     return torch.cat(counts, 1).numpy()
 
@@ -1984,7 +1960,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10, 2, eta_min=1e-6)
     scaler = torch.amp.GradScaler(device.type, enabled=resolve_amp(device, amp) == "fp16")
     best, best_state, stale = -math.inf, None, 0
-    for epoch in tqdm(range(epochs), disable=not sys.stderr.isatty(), leave=False):
+    for epoch in tqdm(range(epochs), disable=None, leave=False):
         # Train on all rows once, in parts of nearly equal size.
         model.train()
         order = rows[torch.randperm(len(rows), generator=generator(*key, "order", epoch))]
@@ -2038,8 +2014,8 @@ def prepare_evaluation(config, task):
 def run_units(config, data, device, folder, run_unit, *given):
     """Runs an evaluation for each of the weights, seeds and label fractions.
 
-    What is found is kept in a file whose name holds a hash of all that it depends on: a command
-    that was stopped reads its results back, and other weights, labels or settings never get them.
+    What is found is kept in a file, so that a command that was stopped reads it back. The name of
+    the file holds the hash of the weights; other settings or data are refused by `open_run`.
     "random" more than once is as many initialisations, evaluated on the same label subsets, as
     several pre-trainings are.
     Args: run_unit: function (config, data, encoder, source, rows, seed, *given) -> array, where
@@ -2047,20 +2023,15 @@ def run_units(config, data, device, folder, run_unit, *given):
     Returns: label fraction -> list of arrays, in the order of weights and seeds.
     """
     results = {fraction: [] for fraction in config.labels}
-    settings = run_settings(config, [data], torch=torch.__version__)
-    for name in ("weights", "labels", "seeds", "seed", "data"):
-        del settings[name]
     architecture = select(config, "backbone", "context", "attention")
     for index, weights in enumerate(config.weights.split(",")):
         for seed in range(config.seed, config.seed + config.seeds):
             encoder_seed = seed + index * config.seeds
-            source = f"{weights} {encoder_seed}"
+            source = f"{weights}{encoder_seed}"
             if Path(weights).is_file():
                 source = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
             for fraction in config.labels:
-                depends = repr((source, seed, fraction, settings))
-                key = hashlib.sha256(depends.encode()).hexdigest()[:16]
-                path = folder / f"unit-{fraction:g}-{index}-{seed}-{key}.npy"
+                path = folder / f"unit-{fraction:g}-{index}-{seed}-{source}.npy"
                 if not path.exists():
                     encoder, _ = load_encoder(weights, encoder_seed, **architecture)
                     encoder = encoder.to(device, memory_format=torch.channels_last)
@@ -2116,26 +2087,24 @@ def write_results(folder, task, config, tests):
         [(results["labels"], results["test"])] = tests.items()
     results.update(settings=asdict(config), provenance=provenance())
     write_json(folder / "results.json", results)
-    columns = {f"labels {fraction:g}": result_column(test) for fraction, test in tests.items()}
-    print(f"\n{folder / 'results.json'}: mean and 95 % interval on the test images")
-    print(pd.DataFrame(columns).to_string())
-    return results
 
-
-def result_column(test):
-    """The results of one label fraction as text: name -> mean and 95 % interval."""
-    found = dict(test)
-    if "per_finding" in test:
-        found = {"mean AUROC": test["mean_auroc"]}
-        for name, values in test["per_finding"].items():
+    table = pd.DataFrame()
+    for fraction, test in tests.items():
+        found = dict(test)
+        if task == "classify":
+            found = {"mean AUROC": test["mean_auroc"]}
+        for name, values in test.get("per_finding", {}).items():
             found[name] = values["auroc"]
-    column = {}
-    for name, value in found.items():
-        column[name] = "undefined"
-        if value["mean"] is not None:
-            low, high = value["ci95"]
-            column[name] = f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
-    return column
+        for name, value in found.items():
+            text = "undefined"
+            if value["mean"] is not None:
+                low, high = value["ci95"]
+                text = f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
+            table.loc[name, f"{100 * fraction:g} % of the labels"] = text
+    print(f"\n{config.weights}, {config.mode}: mean and 95 % interval on the test images")
+    print(table.to_string())
+    print(f"written: {folder / 'results.json'}")
+    return results
 
 
 # ---- classification
@@ -2311,11 +2280,8 @@ def predict_files(config):
     from data_prep import read_xray, resize_xray
 
     device, _, _ = setup(config.device)
-    state = load_checkpoint(config.weights)
-    known = {"classifier", "prepared_size"} <= set(state)
-    require(known, f"{config.weights} is not a classifier.pt of `classify`")
-    model = Classifier(Encoder(**state["arch"]), len(state["findings"])).to(device)
-    load_weights(model, state["classifier"], config.weights)
+    model, state = load_module(config.weights, "classifier")
+    model = model.to(device)
     out, paths = Path(config.out), []
     require(config.overwrite or not out.exists(), f"{out} exists; give another --out")
     for path in map(Path, config.files):
@@ -2324,7 +2290,7 @@ def predict_files(config):
         paths.extend(sorted(inside) or [path])
 
     table = {}
-    for path in tqdm(paths, disable=not sys.stderr.isatty()):
+    for path in tqdm(paths, disable=None):
         try:
             image = torch.tensor(resize_xray(read_xray(path), state["prepared_size"]))
         except ValueError as e:
@@ -2359,20 +2325,16 @@ def export(config):
 
 
 def closing_table(config, folder):
-    """Prints what a linear probe gives on frozen features, random and just learned: test AUROC."""
+    """Prints what a linear probe gives on frozen features, random and just learned."""
     names = ("data_root", "size", "seed", "device", "amp", "backbone", "context", "attention")
     given = dict(select(config, *names), overwrite=True)
     for data in open_sets(config.data, config.data_root):
         if not data.findings or set(data.split) != {"train", "val", "test"}:
             continue
-        columns = {}
         for name, weights in (("random", "random"), ("learned", f"{folder}/encoder.pt")):
-            out = f"{folder}/{data.folder.name}-{name}"
+            out = f"{folder}/probe-{data.folder.name}-{name}"
             given.update(data=str(data.folder), weights=weights, out=out)
-            results = classify(make_config("classify", ClassifyConfig, given))
-            columns[name] = result_column(results["test"])
-        print(f"\n{data.folder}: test AUROC of a linear probe on frozen features, all labels")
-        print(pd.DataFrame(columns).to_string())
+            classify(make_config("classify", ClassifyConfig, given))
 
 
 COMMANDS = {
@@ -2430,7 +2392,7 @@ def build_parser():
         summary = run.__doc__.splitlines()[0]
         sub = commands.add_parser(command, help=summary, description=summary)
         texts = field_help(cls)
-        for setting in dataclasses.fields(cls):
+        for setting in fields(cls):
             add_flag(sub, command, setting, texts[setting.name])
     return parser
 
@@ -2441,9 +2403,12 @@ def main(argv=None):
         given = vars(build_parser().parse_args(argv))
         command = given.pop("command")
         cls, run = COMMANDS[command]
+        alone = command == "pretrain" or not dist.is_torchelastic_launched()
+        require(alone, f"{command} runs in one process; start it with python, not with torchrun")
         config = make_config(command, cls, given)
         result = run(config)
-        if command == "pretrain" and os.environ.get("RANK", "0") == "0":
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if command == "pretrain" and first:
             closing_table(config, result)
         return 0
     except (UserError, OSError) as e:

@@ -300,7 +300,7 @@ def test_fast_and_literal_forms_agree_in_loss_and_every_gradient(size, batch):
 @pytest.mark.parametrize("side", [112, 56, 28, 14, 7, 3, 2, 1, 64, 100])
 def test_pool_matrix_is_resize_then_pool(side):
     x = torch.randn(1, 1, side, side, dtype=torch.float64)
-    p = m.pool_matrix(side, 64, 4, like=x)
+    p = m.pool_matrix(side, x)
     resized = F.interpolate(x, size=(64, 64), mode="bilinear", align_corners=False)
     assert torch.allclose(p @ x[0, 0] @ p.T, F.avg_pool2d(resized, 16)[0, 0], atol=1e-12)
     assert torch.allclose(p.sum(1), torch.ones(4, dtype=torch.float64))
@@ -523,10 +523,10 @@ def test_prepared_data_reads_what_was_written(place):
 
 
 def test_unprepared_and_half_prepared_data_are_refused(place, capsys):
-    assert "does not exist" in refused(capsys, "pretrain", "--data", "none")
+    assert "none is missing" in refused(capsys, "pretrain", "--data", "none")
     assert "toy" in refused(capsys, "pretrain", "--data", "none")
     (place / "data" / "empty").mkdir()
-    assert "incomplete" in refused(capsys, "pretrain", "--data", "empty")
+    assert "meta.json" in refused(capsys, "pretrain", "--data", "empty")
     half = write_set(place / "data" / "half")
     np.save(half / "images.npy", np.zeros((7, 48, 48), np.uint8))
     assert "[7, 48]" in refused(capsys, "pretrain", "--data", "half")
@@ -702,9 +702,10 @@ def test_pretraining_writes_its_folder_and_reports_the_probe(place, capsys):
     line = rf"^epoch 1/2  loss {number} \(global {number}, local {number}\)  val {number}  "
     line += rf"k-NN AUROC {number}  \d+ images/s  \d+ h \d\d min left$"
     assert len(re.search(line, shown, re.MULTILINE).group()) <= 120
-    table = shown[shown.index("data/toy: test AUROC of a linear probe") :]
-    cell = r"(\d\.\d{3}) \[\d\.\d{3}, \d\.\d{3}\]"
-    mean = re.search(rf"\n +random +learned\nmean AUROC +{cell} +{cell}\n", table).groups()
+    mean = []
+    for weights in ("random", "runs/toy/encoder.pt"):
+        table = shown[shown.index(f"\n{weights}, frozen: mean and 95 % interval") :]
+        mean.append(re.search(r"\nmean AUROC +(\d\.\d{3}) \[", table).group(1))
     for weights, value in zip(("random", "runs/toy/encoder.pt"), mean, strict=True):
         out = f"runs/probe-{len(weights)}"
         probe = evaluate("classify", "--weights", weights, "--out", out)
@@ -1638,7 +1639,7 @@ def test_fault4_a_file_that_fails_to_load_is_an_error(trained, monkeypatch, caps
     for path, word in (("broken.pt", "damaged"), ("absent.pt", "none")):
         args = ("classify", "--data", "toy", "--size", "32", "--weights", path, "--out", "runs/no")
         assert word in refused(capsys, *args)
-    assert "not an encoder" in refused(
+    assert "expected a file like encoder.pt" in refused(
         capsys, "classify", "--data", "toy", "--weights", "runs/toy/last.pt", "--out", "runs/no"
     )
 
@@ -1953,13 +1954,41 @@ def test_image_and_mask_move_together():
     assert len(set(where)) == 8  # they did move, each in its own way
 
 
-def test_decoder_reaches_every_map_and_the_image_size():
-    maps = [torch.randn(2, c, s, s, requires_grad=True) for c, s in ((64, 24), (64, 12), (128, 6))]
-    maps += [torch.randn(2, c, s, s, requires_grad=True) for c, s in ((256, 3), (512, 2))]
-    out = m.UNetDecoder()(maps, 48)
+@pytest.mark.parametrize("source, size", [(128, 48), (256, 64), (64, 96), (96, 96)])
+def test_masks_and_images_have_the_same_geometry(source, size):
+    """Centres of mass coincide to a tenth of a source pixel, in evaluation and in training."""
+    rng = np.random.default_rng(0)
+    images = torch.zeros(300, source, source, dtype=torch.uint8)
+    corners = rng.integers(0, source // 2, (300, 2))
+    sides = rng.integers(source // 8, source // 2, (300, 2))
+    for image, (top, left), (height, width) in zip(images, corners, sides, strict=True):
+        image[top : top + height, left : left + width] = 255
+    masks = (images > 0).to(torch.uint8)
+    where = (torch.arange(size) + 0.5) * source / size
+    exact = torch.from_numpy(corners + sides / 2).T
+
+    def shift(x):  # mean distance of the centres of mass, in source pixels
+        centre = torch.stack([x.sum(2) @ where, x.sum(1) @ where]) / x.sum((1, 2))
+        return (centre - exact).mean(1).abs().max()
+
+    views = m.RandomViews(size, crop_min=1, flip=0, jitter=0, blur=0, solarize=0)
+    x, mask = m.augment(images, masks, views, m.generator("still"))
+    assert shift(x) < 0.1 and shift(mask) < 0.1
+    assert shift(m.resize_images(images, size)) < 0.1
+    assert shift((m.resize_images(255 * masks, size) > 0.5).float()) < 0.1
+    if size < source:  # the control: torch's default samples at the corners of cells
+        assert shift(F.interpolate(masks[:, None].float(), size)[:, 0]) > 0.5
+
+
+def test_the_decoder_reaches_every_map_and_the_image_size():
+    model = m.Segmenter(m.Encoder(), frozen=False)
+    kept = []
+    for block in model.encoder.context.values():
+        block.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    out = model(torch.randn(2, 3, 48, 48))
     assert out.shape == (2, 48, 48)
-    out.sum().backward()
-    assert all(x.grad.abs().sum() > 0 for x in maps)
+    for grad in torch.autograd.grad(out.sum(), kept[-5:]):
+        assert grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("context", ["inline", "side", "none"])
@@ -2057,10 +2086,22 @@ def test_literal_model_of_the_bench_equals_the_fast_one():
     assert relative(definition.detach(), loss.detach()) < 1e-10
 
 
+def test_what_torchrun_sets_alone_does_not_matter_and_evaluation_refuses_torchrun(
+    place, monkeypatch, capsys
+):
+    monkeypatch.setenv("RANK", "3")
+    assert run_pretrain("--epochs", "1") == 0
+    assert "runs/toy/encoder.pt, frozen: mean" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    line = refused(capsys, "classify", "--data", "toy", "--size", 32)
+    assert "one process" in line and "torchrun" in line
+
+
 def test_wrong_commands_are_one_line(place, capsys):
     assert "--help" in refused(capsys, "pretrain", "--no-such-flag")
     assert "--help" in refused(capsys, "dance")
-    assert "--device" in refused(capsys, "pretrain", "--data", "toy", "--device", "abacus")
+    for device in ("abacus", "cuda:99", "mps:7"):
+        assert "--device" in refused(capsys, "pretrain", "--data", "toy", "--device", device)
     assert "there is none" in refused(capsys, "export", "--weights", "absent.pt")
 
 
@@ -4296,7 +4337,8 @@ def test_components_can_be_lifted_out():
         "MLVICX": "MLVICX(embedding_dim=8)(*torch.randn(2, 2, 3, 32, 32))",
         "vicreg_loss": "vicreg_loss(*torch.randn(2, 4, 8))",
         "LARS": "LARS([nn.Parameter(torch.ones(2, 2))]).step()",
-        "UNetDecoder": "UNetDecoder((4, 4), (4,))([torch.randn(2, 4, s, s) for s in (4, 2)], 8)",
+        "Segmenter": "Segmenter(Encoder(), frozen=True)(torch.randn(2, 3, 32, 32))",
+        "RandomViews": "RandomViews(8)(torch.ones(2, 9, 9).byte(), torch.Generator())",
         "resize_matrix": "resize_matrix(torch.zeros(1), torch.ones(1) * 9, 9, 5)",
     }
     for name, use in parts.items():
@@ -4345,7 +4387,11 @@ def test_the_tables_are_those_of_the_logs(tmp_path, monkeypatch):
     again = json.loads((HERE / "notebooks" / "results" / "side_again.json").read_text())["frozen"]
     for found in (cell["mean_auroc"] for cell in again):
         assert f"{found['mean']:.3f} ± {found['std']:.3f}" in text
-    # The README's table: one column of the first one there.
+    # The README's first run is its log, and its table one column of the first one there.
+    log = (HERE / "notebooks" / "results" / "logs" / "first_run.txt").read_text().splitlines()
+    block = (HERE / "README.md").read_text().split("```\nrandom, frozen: ")[1].split("```")[0]
+    lines = block.splitlines()[1:]
+    assert len(lines) > 15 and set(filter(None, lines)) <= set(log)
     first = [line.split(" | ") for line in kept.splitlines() if line.startswith(rows)]
     names = {"random weights": "random", "MLVICX, inline": "MLVICX"}
     shown = (HERE / "README.md").read_text().split("| phantoms, seven findings |")[1]
@@ -4430,6 +4476,28 @@ def test_the_bench_measures_every_form_and_part(tmp_path, capsys):
     assert found["parameters"]["backbone"] == 11176512
     assert set(found["parts"]) >= {"read", "views", "encoder", "context-bottlenecks", "LARS"}
     assert min(found["ratios"].values()) > 0 and min(found["multiply_adds"].values()) > 0
+
+
+def test_the_module_is_written_plainly():
+    """What STYLE asks of it: no idiom that a student would have to decode, no long function."""
+    tree = ast.parse((HERE / "mlvicx.py").read_text())
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.NamedExpr), f"walrus in line {node.lineno}"
+        union = isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.BitOr)
+        assert not union, f"| in line {node.lineno}"
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            lists = (node.left, node.right)
+            assert not any(isinstance(x, (ast.List, ast.ListComp)) for x in lists), node.lineno
+        if isinstance(node, (ast.Call, ast.IfExp)):
+            inside = [x for child in ast.iter_child_nodes(node) for x in ast.walk(child)]
+            choices = [x.lineno for x in inside if isinstance(x, ast.IfExp)]
+            assert not choices, f"conditional expression within another in lines {choices}"
+        if isinstance(node, ast.FunctionDef):
+            inner = [x for x in ast.walk(node) if isinstance(x, ast.FunctionDef)][1:]
+            assert len(inner) <= 1, f"{node.name} holds {len(inner)} functions"
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is long"
+            outer = [x for x in ast.walk(node) if isinstance(x, (ast.Nonlocal, ast.Global))]
+            assert not outer, f"{node.name} changes an outer variable"
 
 
 def test_the_text_keeps_its_form():
