@@ -95,7 +95,7 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (mps is untried)
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on CUDA, else off
     backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # encoder
-    context: Literal["inline", "side", "none"] = "side"  # place of the blocks, see Encoder
+    context: Literal["inline", "side", "none"] = "side"  # place of the blocks (authors: inline)
     attention: Literal["both", "channel", "spatial"] = "both"  # steps of a context-bottleneck
     overwrite: bool = False  # replace the files of an earlier run in the run folder
 
@@ -513,7 +513,7 @@ class MLVICX(nn.Module):
         self.encoder = Encoder(levels=levels, **encoder)
         self.levels = tuple(levels)
         if self.encoder.arch["context"] == "side" and not local:
-            raise ValueError("context side needs the local head: nothing else trains the blocks")
+            raise ValueError("context side needs the local head, which trains its blocks; use none")
         self.global_head = GlobalProjector(self.encoder.channels[-1], embedding_dim, final_bn)
         self.local_head = None
         if local:
