@@ -753,7 +753,10 @@ class PreparedData:
         self.meta = json.loads((self.folder / "meta.json").read_text())
         self.findings = list(self.meta["findings"])
         self.origin = self.meta.get("options", {}).get("command", self.meta["name"])
-        table = pd.read_csv(self.folder / "labels.csv", dtype={"image": str, "patient": str})
+        text = {"image": str, "patient": str}  # and no other mark of a missing value than a blank
+        table = pd.read_csv(
+            self.folder / "labels.csv", dtype=text, keep_default_na=False, na_values=[""]
+        )
         self.labels = torch.from_numpy(table[self.findings].to_numpy(np.float32, copy=True))
         self.names, self.patient, self.split = table[["image", "patient", "split"]].to_numpy().T
         self.images, self.masks = self._map("images.npy"), None
@@ -1128,8 +1131,8 @@ def keep_memory(keep=True):
     with contextlib.suppress(AttributeError, TypeError):  # another C library
         libc = ctypes.CDLL(None)
         blocks = 0 if keep else 1 << 16
-        libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: every tensor is a block of its own ...
-        libc.mallopt(-4, blocks)  # M_MMAP_MAX: ... as long as there may be any
+        libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: large tensors get blocks of their own ...
+        libc.mallopt(-4, blocks)  # M_MMAP_MAX: ... of which there may be none, or many
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
 
 
@@ -1291,8 +1294,9 @@ def knn_auroc(encoder, data, size, amp="auto", seed=0):
     if not data.findings or not len(val) or not len(train):
         return math.nan
     train = train[torch.randperm(len(train), generator=generator(seed, "knn"))[:2000]]
-    x, y = (predict(encoder, data.images, rows, size, amp) for rows in (train, val))
-    return finding_aurocs(knn_scores(x, data.labels[train], y), data.labels[val])[0]
+    x_train = predict(encoder, data.images, train, size, amp)
+    x_val = predict(encoder, data.images, val, size, amp)
+    return finding_aurocs(knn_scores(x_train, data.labels[train], x_val), data.labels[val])[0]
 
 
 def effective_rank(z):
@@ -1644,8 +1648,7 @@ def pretrain(config):
     """Trains an encoder without labels; writes metrics.csv, last.pt and encoder.pt.
 
     Args: config: PretrainConfig. A run folder whose run was stopped is resumed.
-    Returns: the run folder.
-    Raises: UserError; KeyboardInterrupt once a stop signal has been obeyed.
+    Returns: the run folder. Raises: UserError; KeyboardInterrupt after a stop signal was obeyed.
     Source: authors' code for the recipe.
     """
     # Data. torchrun starts one process a GPU; the first one (rank 0) writes the files.
@@ -2084,7 +2087,8 @@ def write_results(folder, task, config, tests):
     results = dict(select(config, "data", "weights", "mode", "labels", "seeds"), task=task)
     results["test"] = {f"{fraction:g}": test for fraction, test in tests.items()}
     if len(tests) == 1:
-        [(results["labels"], results["test"])] = tests.items()
+        fraction = config.labels[0]
+        results.update(labels=fraction, test=tests[fraction])
     results.update(settings=asdict(config), provenance=provenance())
     write_json(folder / "results.json", results)
 

@@ -539,6 +539,17 @@ def test_a_patient_in_two_splits_is_refused(place, capsys):
     assert "patient" in refused(capsys, "pretrain", "--data", "leak")
 
 
+def test_ids_that_look_like_nothing_are_text_and_blank_labels_unknown(place):
+    table = pd.read_csv("data/toy/labels.csv", dtype=str)
+    table["patient"] = table["patient"].replace({"0": "NA", "1": "None", "2": "nan"})
+    table.loc[1, ["image", "A"]] = ["null", ""]
+    table.to_csv("data/toy/labels.csv", index=False)
+    data = m.PreparedData("toy")
+    assert data.patient[:6].tolist() == ["NA", "NA", "None", "None", "nan", "nan"]
+    assert data.names[1] == "null" and data.labels.isnan().nonzero().tolist() == [[1, 0]]
+    assert torch.equal(m.label_subset(data, 1.0), data.indices("train"))
+
+
 def test_pooled_sets_are_read_one_after_another(place, capsys):
     sets = [m.PreparedData(p) for p in ("toy", write_set(place / "data" / "more", n=20, seed=1))]
     rows = torch.tensor([0, 50, 47, 67])
