@@ -1790,7 +1790,7 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
     Returns: weight (F, C) and bias (F,) for the features as they come.
     Source: linear evaluation protocol, solved by L-BFGS instead of the authors' AdamW.
     """
-    # Deviation: the linear probe is solved to its optimum by L-BFGS, not by AdamW.
+    # Deviation: the linear probe is solved by L-BFGS, not by AdamW.
     mean, std = x.mean(0), x.std(0, correction=0)
     std = std.clamp(min=1e-3 * float(std.mean()) + 1e-12)
     x_scaled, x_val_scaled = (x - mean) / std, (x_val - mean) / std
