@@ -22,7 +22,9 @@ N images in a set, S side of the stored images, F findings. "split" is train, va
 
 import argparse
 import contextlib
+import copy
 import ctypes
+import functools
 import hashlib
 import inspect
 import json
@@ -47,7 +49,7 @@ import torch.distributed.nn
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
@@ -258,11 +260,12 @@ class ChannelAttention(nn.Module):
         self.expand = nn.Conv2d(channels // 2, channels, 1, bias=False)
 
     def forward(self, x):
-        # Same as x.mean((2, 3)) and x.amax((2, 3)), whose backward passes are slower.
+        # Same as x.mean((2, 3)) and x.amax((2, 3)), whose backward passes are slower, or share the
+        # gradient between equal maxima. The pool is fast on a CPU alone.
         positions = x.shape[2] * x.shape[3]
         average = x.sum((2, 3)) / positions  # (B, C, H, W) -> (B, C)
-        if torch.are_deterministic_algorithms_enabled():  # the pool is not, on CUDA
-            largest = x.flatten(2).max(2).values
+        if x.is_cuda:
+            largest = x.permute(0, 2, 3, 1).flatten(1, 2).max(1).values
         else:
             largest = F.adaptive_max_pool2d(x, 1).flatten(1)
 
@@ -327,13 +330,21 @@ class Encoder(nn.Module):
             blocks are part of the encoder. "none": no blocks.
         attention: steps of each block, see ContextBottleneck.
         levels: levels that get a block under "side"; "inline" has all five.
+        recompute: compute the insides of the blocks again in the backward pass, to save memory.
     Input: (B, 3, H, W), or (B, 1, H, W) gray, repeated; H, W >= 32.
     Returns: h (B, C5) and a list of five maps: at 224 px (B, 64, 112, 112), (B, 64, 56, 56),
         (B, 128, 28, 28), (B, 256, 14, 14), (B, 512, 7, 7) for ResNet-18.
     Needs: ContextBottleneck. Source: authors' code (inline); summary of the paper (side).
     """
 
-    def __init__(self, backbone="resnet18", context="side", attention="both", levels=LEVELS):
+    def __init__(
+        self,
+        backbone="resnet18",
+        context="side",
+        attention="both",
+        levels=LEVELS,
+        recompute=False,
+    ):
         super().__init__()
         if context not in ("inline", "side", "none"):
             raise ValueError(f"expected context inline, side or none, got {context!r}")
@@ -344,6 +355,7 @@ class Encoder(nn.Module):
         self.channels = (64, width // 8, width // 4, width // 2, width)
         self.arch = {"backbone": backbone, "context": context, "attention": attention}
         self.arch["levels"] = list(levels)
+        self.recompute = recompute
         self.context = nn.ModuleDict()
         for level in {"inline": LEVELS, "side": levels, "none": ()}[context]:
             self.context[str(level)] = ContextBottleneck(self.channels[level - 1], attention)
@@ -361,11 +373,14 @@ class Encoder(nn.Module):
             if level > 1:
                 x = getattr(self, f"layer{level - 1}")(x)
 
-            # Its context-bottleneck, whose inner results are computed again in the backward pass.
+            # Its context-bottleneck.
             refined = x
             if str(level) in self.context:
                 block = self.context[str(level)]
-                refined = recompute(block, x, use_reentrant=False, preserve_rng_state=False)
+                if self.recompute:
+                    refined = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    refined = block(x)
             refined_maps.append(refined)
             if self.arch["context"] == "inline":
                 x = refined  # the next stage sees the refined map
@@ -439,14 +454,20 @@ def aggregate_literal(maps, convs):
     return F.adaptive_avg_pool2d(total, 4)
 
 
-def pool_matrix(side, like):
-    """(4, side) matrix of one axis: bilinear resize from `side` to 64, then pooling to 4.
+@functools.cache
+@torch.inference_mode(False)
+def pool_matrix(height, width, dtype, device):
+    """(16, H W): the weight of every pixel of a map in every cell of the 4 x 4 grid.
 
-    Resizing and pooling are linear: applied to the unit vectors, they give their own matrix.
+    Along one axis, resizing to 64 and pooling to 4 are linear: applied to the unit vectors, they
+    give their own matrix (4, side). Both axes together are the Kronecker product of two of them.
     """
-    unit_vectors = torch.eye(side, dtype=like.dtype, device=like.device)
-    resized = F.interpolate(unit_vectors[None], size=64, mode="linear", align_corners=False)
-    return F.adaptive_avg_pool1d(resized, 4)[0].T  # (1, side, 64) -> (1, side, 4) -> (4, side)
+    axes = []
+    for side in (height, width):
+        unit_vectors = torch.eye(side, dtype=torch.float64)[None]  # (1, side, side)
+        resized = F.interpolate(unit_vectors, size=64, mode="linear", align_corners=False)
+        axes.append(F.adaptive_avg_pool1d(resized, 4)[0].T)  # (1, side, 64) -> (4, side)
+    return torch.kron(*axes).to(device, dtype)
 
 
 def aggregate(maps, convs):
@@ -459,11 +480,9 @@ def aggregate(maps, convs):
     # Deviation: maps are pooled before their convolutions; same value and gradients, less work.
     total = 0
     for x, conv in zip(maps, convs, strict=True):
-        rows, columns = pool_matrix(x.shape[2], x), pool_matrix(x.shape[3], x)  # (4, H), (4, W)
-        # The weight of every pixel (H x W) in every cell of the grid (4 x 4).
-        weights = torch.kron(rows, columns).expand(len(x), -1, -1)  # (B, 16, H W)
+        weights = pool_matrix(*x.shape[2:], x.dtype, x.device)  # (16, H W)
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, C_k, H, W) -> (B, H W, C_k)
-        pooled = torch.bmm(weights, pixels)  # (B, 16, C_k)
+        pooled = torch.bmm(weights.expand(len(x), -1, -1), pixels)  # (B, 16, C_k)
         # A 1x1 convolution is a linear layer on the channels.
         total = total + F.linear(pooled, conv.weight.flatten(1), conv.bias)  # (B, 16, C)
     return total.transpose(1, 2).unflatten(2, (4, 4))  # (B, C, 4, 4)
@@ -672,32 +691,50 @@ def gather(z):
 # ---------------------------------------------------------------- 8. optimiser and schedule
 
 
-class LARS(torch.optim.SGD):
+class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, layer by layer, to the norm of the weights.
 
-    Args: params: parameters; those of one dimension get neither weight decay nor adaptation.
-        lr, weight_decay, momentum, trust: as in the paper.
+    Args: params: parameters, or groups of them; those of one dimension get neither weight decay
+        nor adaptation. lr: a number, or a tensor. weight_decay, momentum, trust: as in the paper.
     Source: arXiv:1708.03888; authors' code (momentum 0.9, trust 0.001, weight decay 1e-6).
     """
 
     def __init__(self, params, lr=0.2, weight_decay=1e-6, momentum=0.9, trust=0.001):
-        super().__init__(params, lr=lr, momentum=momentum, foreach=True)
-        self.weight_decay, self.trust = weight_decay, trust
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update from the gradients, which it changes; `_foreach` works on lists of tensors."""
-        everything = [p for group in self.param_groups for p in group["params"]]
-        layers = [p for p in everything if p.ndim > 1 and p.grad is not None]
+        """One update from the gradients, which it changes. Returns: what the closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self.update(group)
+        return loss
+
+    def update(self, group):
+        """The update of one group; `_foreach` operations work on lists of tensors at once."""
+        params = [p for p in group["params"] if p.grad is not None]
+        layers = [p for p in params if p.ndim > 1]
         if layers:
             grads = [p.grad for p in layers]
-            torch._foreach_add_(grads, layers, alpha=self.weight_decay)  # weight decay
+            torch._foreach_add_(grads, layers, alpha=group["weight_decay"])  # weight decay
             p_norm = torch.stack(torch._foreach_norm(layers))
             g_norm = torch.stack(torch._foreach_norm(grads))
-            usable = (p_norm > 0) & (g_norm > 0)
-            ratio = torch.where(usable, self.trust * p_norm / g_norm, 1.0)
+            ratio = group["trust"] * p_norm / g_norm
+            ratio = ratio.masked_fill((p_norm == 0) | (g_norm == 0), 1.0)
             torch._foreach_mul_(grads, list(ratio.unbind()))  # adaptation
-        super().step()
+
+        for p in params:
+            if p not in self.state:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if params:
+            momenta = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, [p.grad for p in params])
+            torch._foreach_sub_(params, torch._foreach_mul(momenta, group["lr"]))
 
 
 def cosine_schedule(step, total, warmup, base, floor=0.001):
@@ -857,9 +894,8 @@ def resize_images(images, size):
 
 def normalise(x):
     """Gray (B, H, W) in [0, 1] -> (B, 3, H, W) with ImageNet's mean and standard deviation."""
-    mean = x.new_tensor(IMAGENET_MEAN)
-    std = x.new_tensor(IMAGENET_STD)
-    x = (x[..., None] - mean) / std  # (B, H, W) -> (B, H, W, 3)
+    channels = [(x - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    x = torch.stack(channels, -1)  # (B, H, W, 3)
     return x.permute(0, 3, 1, 2)  # channels-last memory, as the encoder takes it
 
 
@@ -954,16 +990,11 @@ class RandomViews:
             params = {name: value[:1].expand(2, -1) for name, value in params.items()}
         return params
 
-    def render(self, images, params):
+    def render(self, images, p):
         """One view: (B, S, S) images and (B,) parameters -> (B, size, size) in [0, 1]."""
-        # Read on the CPU, where the parameters are: asking the GPU would wait for it.
-        rotated = bool(params["angle"].any())
-        blurred = params["blurred"].nonzero()[:, 0]  # images to be blurred
-        p = {name: v.to(images.device, non_blocking=True) for name, v in params.items()}
-
         # Geometry.
         x, source = images.float() / 255, images.shape[-1]
-        if rotated:
+        if self.rotation > 0:
             x = rotate(x, p["angle"])
         rows = resize_matrix(p["top"], p["height"], source, self.size)
         columns = resize_matrix(p["left"], p["width"], source, self.size, p["flip"])
@@ -973,22 +1004,23 @@ class RandomViews:
         first = p["brightness_first"][:, None, None]
         brightness = p["brightness"][:, None, None]
         contrast = p["contrast"][:, None, None]
-        x = x.mul_(torch.where(first, brightness, 1.0)).clamp_(0, 1)
+        x = x.mul_(brightness.masked_fill(~first, 1)).clamp_(0, 1)
         mean = x.mean((1, 2), keepdim=True)
         x = torch.addcmul((1 - contrast) * mean, x, contrast).clamp_(0, 1)
-        x = x.mul_(torch.where(first, 1.0, brightness)).clamp_(0, 1)
+        x = x.mul_(brightness.masked_fill(first, 1)).clamp_(0, 1)
 
         # Blur, then solarize: bright pixels are inverted.
-        if len(blurred):
-            blurred = blurred.to(x.device, non_blocking=True)
-            blur = blur_matrix(p["sigma"][blurred], self.size)
-            x[blurred] = blur @ x[blurred] @ blur.mT
+        if self.blur > 0:
+            sigma = p["sigma"].masked_fill(~p["blurred"], 0.01)  # so small that nothing is blurred
+            blur = blur_matrix(sigma, self.size)
+            x = blur @ x @ blur.mT
         bright = p["solarized"][:, None, None] & (x >= 128 / 255)
         return torch.where(bright, 1 - x, x)
 
     def __call__(self, images, generator=None, params=None):
         if params is None:
             params = self.draw(len(images), images.shape[-1], generator)
+        params = {name: value.to(images.device) for name, value in params.items()}
         params1 = {name: value[0] for name, value in params.items()}
         params2 = {name: value[1] for name, value in params.items()}
         view1 = normalise(self.render(images, params1))
