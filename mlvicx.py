@@ -22,7 +22,6 @@ N images in a set, S side of the stored images, F findings. "split" is train, va
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import functools
 import hashlib
@@ -45,7 +44,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -132,7 +130,9 @@ class PretrainConfig(RunConfig):
     identical_views: bool = False  # give both branches the same view
     knn_every: int = 5  # epochs between k-NN evaluations on validation labels; 0: never
     checkpoint_minutes: float = 10.0  # minutes between checkpoints, beside those at stops
-    compile: bool = False  # torch.compile the model
+    recompute: bool = False  # compute the blocks again in the backward pass, to save memory
+    compile: bool = False  # torch.compile the blocks: faster steps on CUDA, after a minute
+    graph: bool = True  # on one CUDA GPU, replay the training step as a CUDA graph
     deterministic: bool = False  # bit-exact resume on CUDA too, at some cost in speed
 
 
@@ -675,17 +675,33 @@ def mlvicx_loss(z_global, z_local=None, local_weight=1.0, **coefficients):
     return total, log
 
 
+class GatherLayer(torch.autograd.Function):
+    """The tensors of all processes, joined; the gradient of each is summed over the processes."""
+
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(z):
     """All processes' embeddings in rank order, with gradient: (B / N, D) -> (B, D).
 
     Call it on every embedding before the loss when several processes share a batch: variance and
     covariance are statistics of the whole batch, and without this each process has another loss.
     The backward pass sums N equal gradients, and DDP's average over the processes divides by N.
-    With one process it returns z. Source: VICReg's code (FullGatherLayer).
+    With one process it returns z. Needs: GatherLayer. Source: VICReg's code (FullGatherLayer).
     """
     if not dist.is_initialized():
         return z
-    return torch.cat(dist.nn.functional.all_gather(z))
+    return GatherLayer.apply(z.contiguous())
 
 
 # ---------------------------------------------------------------- 8. optimiser and schedule
@@ -1020,7 +1036,8 @@ class RandomViews:
     def __call__(self, images, generator=None, params=None):
         if params is None:
             params = self.draw(len(images), images.shape[-1], generator)
-        params = {name: value.to(images.device) for name, value in params.items()}
+        device = images.device
+        params = {name: v.to(device, non_blocking=True) for name, v in params.items()}
         params1 = {name: value[0] for name, value in params.items()}
         params2 = {name: value[1] for name, value in params.items()}
         view1 = normalise(self.render(images, params1))
@@ -1179,11 +1196,11 @@ def setup(name="auto", deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = False
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    several = dist.is_torchelastic_launched()  # by torchrun
-    if several and name == "cuda":
-        name = "cuda:" + os.environ["LOCAL_RANK"]
+    if name == "cuda":
+        name = "cuda:" + os.environ.get("LOCAL_RANK", "0")  # torchrun: a GPU for each process
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -1191,7 +1208,7 @@ def setup(name="auto", deterministic=False):
         raise UserError(f"--device {name} does not exist here; use --device cpu") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not several:
+    if not dist.is_torchelastic_launched():  # by torchrun
         return device, 0, 1
     if not dist.is_initialized():
         dist.init_process_group({"cuda": "nccl"}.get(device.type, "gloo"))
@@ -1418,24 +1435,26 @@ class BatchLoader:
     Args: rows: of the images to train on. rank, world: this process, and how many share a batch.
     """
 
-    def __init__(self, sets, rows, batch_size, views, seed, rank=0, world=1):
+    def __init__(self, sets, rows, batch_size, views, seed, device, rank=0, world=1):
         self.sets, self.rows, self.batch_size, self.views = sets, rows, batch_size, views
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.device, self.rank, self.world = seed, device, rank, world
 
     def load(self, step):
         """Returns: step, images (B / world, S, S) uint8, view parameters (2, B / world)."""
         epoch, step_in_epoch = divmod(step, len(self.rows) // self.batch_size)
         order = torch.randperm(len(self.rows), generator=generator(self.seed, "order", epoch))
-        start = step_in_epoch * self.batch_size
-        batch = self.rows[order[start : start + self.batch_size]]
+        batch = order.split(self.batch_size)[step_in_epoch]
         source = self.sets[0].size
         params = self.views.draw(len(batch), source, generator(self.seed, "views", step))
 
         mine = torch.arange(len(batch)).chunk(self.world)[self.rank]  # the part of this process
-        images = gather_images(self.sets, batch[mine])
-        if torch.cuda.is_available():
-            images = images.pin_memory()  # so that copying it does not hold up the next step
-        return step, images, {name: value[:, mine] for name, value in params.items()}
+        images = gather_images(self.sets, self.rows[batch[mine]])
+        params = {name: value[:, mine] for name, value in params.items()}
+        if self.device.type == "cuda":  # pinned memory is copied while the GPU computes
+            torch.cuda.set_device(self.device)  # of this thread
+            images = images.pin_memory()
+            params = {name: value.pin_memory() for name, value in params.items()}
+        return step, images, params
 
 
 def imagenet_state(backbone):
@@ -1451,7 +1470,7 @@ def imagenet_state(backbone):
 def build_model(config):
     """The model of a pre-training configuration, initialised from its seed alone."""
     torch.manual_seed(config.seed)
-    names = ("backbone", "context", "attention", "levels", "embedding_dim", "final_bn")
+    names = ("backbone", "context", "attention", "levels", "recompute", "embedding_dim", "final_bn")
     try:
         model = MLVICX(**select(config, *names), local=config.local_weight > 0)
     except ValueError as e:
@@ -1463,12 +1482,16 @@ def build_model(config):
 
 def for_training(model, device, world=1, compile=False):
     """The model as the training step calls it: compiled, and in step with other processes."""
-    if world > 1 and device.type == "cuda":
+    synchronised = world > 1 and device.type == "cuda"
+    if synchronised:  # on a CPU, every process has the statistics of its own part of the batch
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if compile:
-        model = torch.compile(model)
+    if compile:  # the blocks, whose passes over the maps are then few; the ResNet gains little
+        for block in model.encoder.context.values():
+            block.compile(dynamic=False)
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(model)
+        model = nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=not synchronised, gradient_as_bucket_view=True
+        )
     return model
 
 
@@ -1500,7 +1523,6 @@ def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_wei
     scaler.unscale_(optimizer)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     log["grad_norm"] = torch.stack(torch._foreach_norm(grads)).norm()
-    log["lr"] = torch.full_like(loss, lr)
 
     # Update.
     for group in optimizer.param_groups:
@@ -1510,21 +1532,93 @@ def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_wei
     return log
 
 
+def can_be_graphed(config, device, world, amp):
+    """Whether `--graph` applies: one GPU, no scaler, which looks at numbers during a step."""
+    wanted = config.graph and not config.deterministic
+    return wanted and device.type == "cuda" and world == 1 and amp != "fp16"
+
+
+class GraphedStep:
+    """A training step as a CUDA graph: recorded once, then replayed with other inputs.
+
+    A step launches thousands of kernels, for which Python needs longer than the GPU does; a replay
+    is one launch. The first steps run as they are. The replay must then change the weights as a
+    step does; if not, a line says so, and the steps go on as they are.
+    Args: step: function (images, params, lr) -> dict of scalar tensors. model, optimizer: what the
+        step changes.
+    """
+
+    WARM_UP = 3  # steps, in which cuDNN chooses its algorithms and the optimiser makes its state
+    TOLERANCE = 0.01  # of the norm of the change of all weights, momenta and statistics
+
+    def __init__(self, step, model, optimizer):
+        self.step, self.model, self.optimizer = step, model, optimizer
+        self.taken, self.inputs, self.graph = 0, None, None
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, images, params, lr):
+        # A graph reads its inputs where they were when it was recorded: they are copied there.
+        device = self.stream.device
+        new = [images, *params.values()]
+        if self.inputs is None:
+            self.inputs = [tensor.to(device) for tensor in new]
+            self.lr = torch.zeros((), device=device)
+        self.lr.fill_(lr)
+        for static, tensor in zip(self.inputs, new, strict=True):
+            static.copy_(tensor, non_blocking=True)
+        static_images, *static_params = self.inputs
+        inputs = (static_images, dict(zip(params, static_params, strict=True)), self.lr)
+
+        self.taken += 1
+        if self.taken <= self.WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                log = self.step(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return log
+        if self.taken == self.WARM_UP + 1:
+            self.record(*inputs)
+        if self.graph is None:
+            return self.step(*inputs)
+        self.graph.replay()
+        return dict(zip(self.log, torch.stack(list(self.log.values())), strict=True))
+
+    @torch.no_grad()
+    def record(self, *inputs):
+        """Records the graph, and compares a replay with a step from the same weights."""
+        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *momenta]
+        before = [tensor.clone() for tensor in tensors]
+
+        def distance(others):
+            squares = [(a - b).float().square().sum() for a, b in zip(tensors, others, strict=True)]
+            return float(torch.stack(squares).sum().sqrt())
+
+        with torch.enable_grad():
+            self.step(*inputs)
+        change, expected = distance(before), [tensor.clone() for tensor in tensors]
+        torch._foreach_copy_(tensors, before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.enable_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.log = self.step(*inputs)
+        graph.replay()
+        error = distance(expected) / change
+        torch._foreach_copy_(tensors, before)
+        if error < self.TOLERANCE:
+            self.graph = graph
+        else:
+            print(f"the CUDA graph differs from a step by {error:.2g}: it is not used")
+
+
 class TrainingState:
     """All that a pre-training changes, so that it can be saved, and resumed with the same bits."""
 
     def __init__(self, model, optimizer, scaler):
         self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        self.fp16 = scaler.is_enabled()
         self.step = 0  # steps taken
         self.history = []  # a row of metrics.csv for every epoch
         self.logs = []  # what each step of this epoch has logged, as numbers
         self.pending = []  # the same of the last few steps, still on the device
-        self.first_step, self.started = 0, time.monotonic()
-
-    def seconds_per_step(self):
-        """Wall time of a step since the run was started or resumed."""
-        return (time.monotonic() - self.started) / (self.step - self.first_step)
 
     def read(self):
         """Reads what is pending, which waits for the device.
@@ -1536,17 +1630,12 @@ class TrainingState:
             values = torch.stack([value.float() for value in log.values()]).tolist()
             row = dict(zip(log, values, strict=True))
             for name, value in row.items():
-                skipped = self.fp16 and name == "grad_norm"  # by the scaler, where it is infinite
+                # The scaler of float16 skips a step whose gradient is infinite.
+                skipped = name == "grad_norm" and self.parts["scaler"].is_enabled()
                 valid = skipped or math.isfinite(value)
                 require(valid, f"step {step}: {name} is {value}; {STOPPED}")
             self.logs.append(row)
         self.pending = []
-
-    def means(self):
-        """Means over the steps of the epoch that ends, and a new epoch."""
-        self.read()
-        logs, self.logs = pd.DataFrame(self.logs), []
-        return logs.replace(math.inf, math.nan).mean().to_dict()
 
     def save(self, folder):
         """Writes last.pt; the one before stays as previous.pt."""
@@ -1560,24 +1649,23 @@ class TrainingState:
 
         Raises: UserError if all checkpoints are damaged, or of an earlier version.
         """
-        problems = []
-        for path in (folder / "last.pt", folder / "previous.pt"):
-            if not path.exists():
-                continue
+        paths = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+        state = None
+        for path in paths:
             try:
                 state = load_checkpoint(path)
+                break
             except UserError as e:
-                problems.append(str(e))
-                continue
-            text = f"{path} is of an earlier version of this program; --overwrite starts again"
-            require(state.get("format") == CHECKPOINT_FORMAT, text)
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            self.step, self.history, self.logs = state["step"], state["history"], state["logs"]
-            self.first_step = self.step
-            print(f"{folder}: resumes at step {self.step} of {path.name}", *problems)
+                print(e)
+        if state is None:
+            require(not paths, f"{folder} has no whole checkpoint; --overwrite starts again")
             return
-        require(not problems, "; ".join(problems) + "; give --overwrite to start again")
+        text = f"{path} is of an earlier version of this program; --overwrite starts again"
+        require(state.get("format") == CHECKPOINT_FORMAT, text)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.history, self.logs = state["step"], state["history"], state["logs"]
+        print(f"{folder}: resumes at step {self.step} of {path.name}")
 
 
 VALIDATION_IMAGES = 512  # at most; the covariance term depends on the number of images
@@ -1595,12 +1683,11 @@ def validation_metrics(model, sets, rows, views, seed=0, amp="off", **loss_weigh
     if len(rows) < 2:
         return {}
     device = next(model.parameters()).device
-    params = views.draw(len(rows), sets[0].size, generator(seed, "val"))
     chunks = []
     model.eval()
-    for chunk in torch.arange(len(rows)).split(64):
-        images = gather_images(sets, rows[chunk]).to(device)
-        view1, view2 = views(images, params={name: v[:, chunk] for name, v in params.items()})
+    for i, chunk in enumerate(rows.split(64)):
+        images = gather_images(sets, chunk).to(device)
+        view1, view2 = views(images, generator(seed, "val", i))
         with autocast(device, amp):
             z_global, z_local = model(view1, view2)
         chunks.append(torch.stack([*z_global, *(z_local or ())]).float())  # (2 or 4, chunk, D)
@@ -1616,13 +1703,17 @@ def validation_metrics(model, sets, rows, views, seed=0, amp="off", **loss_weigh
     return row
 
 
-def finish_epoch(config, state, means, sets, val_rows, views, folder):
+@torch.compiler.set_stance("force_eager")  # batches of other sizes would be compiled anew
+def finish_epoch(config, state, sets, val_rows, views, folder):
     """Evaluates the model at the end of an epoch, and writes encoder.pt and metrics.csv.
 
-    Args: means: of what the steps have logged. Returns: the row of metrics.csv, a dict.
+    Returns: the row of metrics.csv, a dict: means over the steps of the epoch, and evaluations.
     """
     model, epoch = state.parts["model"], len(state.history) + 1
-    row = dict(means, epoch=epoch, step=state.step)
+    row = {"epoch": epoch, "step": state.step}
+    row.update(pd.DataFrame(state.logs).replace(math.inf, math.nan).mean().to_dict())
+    state.logs = []
+    row["lr"] = float(state.parts["optimizer"].param_groups[0]["lr"])
     common, weights = select(config, "amp", "seed"), select(config, *LOSS_WEIGHTS)
     row.update(validation_metrics(model, sets, val_rows, views, **common, **weights))
     if config.knn_every and (epoch % config.knn_every == 0 or epoch == config.epochs):
@@ -1634,7 +1725,7 @@ def finish_epoch(config, state, means, sets, val_rows, views, folder):
     about = {"arch": model.encoder.arch, "size": config.size, "data": [d.origin for d in sets]}
     save_checkpoint(folder / "encoder.pt", encoder=model.encoder.state_dict(), **about)
     with replacing(folder / "metrics.csv") as f:
-        pd.DataFrame(state.history).set_index(["epoch", "step"]).to_csv(f)
+        pd.DataFrame(state.history).to_csv(f, index=False)
     return row
 
 
@@ -1685,12 +1776,13 @@ def pretrain(config):
     """
     # Data. torchrun starts one process a GPU; the first one (rank 0) writes the files.
     device, rank, world = setup(config.device, config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic  # all batches are equally large
     draw_demo(config.data, config.data_root, rank, world)
     sets = open_sets(config.data, config.data_root)
     rows, val_rows = pretraining_rows(sets, config.exclude_ids, config.include_val)
     batch_size = choose_batch_size(config.batch_size, len(rows), device, world)
     views = RandomViews(**select(config, *VIEW_SETTINGS))
-    loader = BatchLoader(sets, rows, batch_size, views, config.seed, rank, world)
+    loader = BatchLoader(sets, rows, batch_size, views, config.seed, device, rank, world)
     epoch_steps = len(rows) // batch_size  # the remainder is dropped; another one each epoch
     total_steps, warmup_steps = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
 
@@ -1702,31 +1794,34 @@ def pretrain(config):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = TrainingState(model, optimizer, scaler)
 
+    def step(images, params, lr):  # two views of every image, and one update of the weights
+        view1, view2 = views(images.to(device, non_blocking=True), params=params)
+        return train_step(parallel_model, optimizer, scaler, view1, view2, lr, amp, **weights)
+
+    if can_be_graphed(config, device, world, amp):
+        step = GraphedStep(step, model, optimizer)
     chosen = {"images": len(rows), "batch_size": batch_size, "amp": amp}
     with stop_signals() as signals, training_folder(config, sets, rank, world, **chosen) as folder:
         state.restore(folder)
-        saved = time.monotonic()
+        first_step, started, saved = state.step, time.monotonic(), time.monotonic()
         steps = tqdm(range(state.step, total_steps), disable=None)
-        for step, images, params in prefetch(loader.load, steps):
-            # One step: learning rate, two views of every image, update of the weights.
-            lr = cosine_schedule(step, total_steps, warmup_steps, config.lr * batch_size / 256)
-            view1, view2 = views(images.to(device, non_blocking=True), params=params)
-            log = train_step(parallel_model, optimizer, scaler, view1, view2, lr, amp, **weights)
-            state.pending.append(log)
+        for i, images, params in prefetch(loader.load, steps):
+            # One step.
+            lr = cosine_schedule(i, total_steps, warmup_steps, config.lr * batch_size / 256)
+            state.pending.append(step(images, params, lr))
             state.step += 1
 
             # Reading the log waits for the GPU, and processes for each other: every few steps.
-            stopped = False
-            if device.type == "cpu" or state.step % READ_EVERY == 0:
+            stopped, epoch_ends = False, state.step % epoch_steps == 0
+            if device.type == "cpu" or epoch_ends or state.step % READ_EVERY == 0:
                 state.read()
                 stopped = any_process(len(signals) > 0, device)  # Ctrl-C or SIGTERM
 
             # End of an epoch: evaluate, write, report.
-            if state.step % epoch_steps == 0:
-                means = state.means()
-                if rank == 0:
-                    row = finish_epoch(config, state, means, sets, val_rows, views, folder)
-                    print_epoch(row, config.epochs, batch_size, state.seconds_per_step())
+            if epoch_ends and rank == 0:
+                row = finish_epoch(config, state, sets, val_rows, views, folder)
+                seconds = (time.monotonic() - started) / (state.step - first_step)
+                print_epoch(row, config.epochs, batch_size, seconds)
 
             # Checkpoint: now and then, at the end, and before the run stops.
             due = time.monotonic() - saved > 60 * config.checkpoint_minutes
