@@ -8,11 +8,21 @@
     python notebooks/experiments.py supervised       # what all labels give: supervised.json
     python notebooks/experiments.py tables           # all of it as tables: tables.md
     python notebooks/experiments.py failures         # logs that notebook 03 diagnoses
+    python notebooks/experiments.py nih              # the study on real X-rays, for a GPU
+    python notebooks/experiments.py nih-tables       # its results as tables, and their analysis
 
 Each run is a command of mlvicx.py; what it finds goes to notebooks/results/, and what is there is
 not made again. Several processes may be started together: they share the work. `real` needs
 data/kermany, data/shenzhen and data/nih256, prepared by `python data_prep.py folder`.
 A pre-training takes three to ten minutes on two cores.
+
+The study `nih` reads four sets under data/, prepared at 96 px: `nih128`, 9,998 images of NIH
+ChestX-ray14 (all of patients 1336 to 3923 but eight images), which `nih-part` makes from data/nih
+(`python data_prep.py nih --size 96`), with patients split as in results/nih_split.json; `rsna256`,
+1,008 images of RSNA; `kermany`; `shenzhen`, with its lung masks; and for the heatmaps `nihbox256`,
+the NIH images that have boxes, with boxes.csv. A unit is a pre-training, or one kind of evaluation
+of one encoder. Units run in parallel processes (--workers), those that matter most first; a unit
+that is done is not run again; at the end, or after --minutes, they are packed into --out.
 """
 
 import argparse
@@ -445,12 +455,12 @@ def study_tasks(seeds=3):
         (["pointing"], POINTED, 1),
         (["finetune"], [*SCRATCH][1:], seeds),
     ]
-    tasks = [("pixels", PIXELS, 0)]
+    tasks = []
     for stages, methods, repeats in groups:
         for seed in range(repeats):
             for method in methods:
                 tasks += [(stage, method, seed) for stage in stages]
-    return tasks
+    return tasks + [("pixels", PIXELS, 0)]
 
 
 def judged_set(options, name):
@@ -761,6 +771,9 @@ def study_unit(options, stage, method, seed):
         with m.replacing(path.with_suffix(".npz")) as f:
             np.savez_compressed(f, **ranks)
     unit = {"stage": stage, "method": method, "seed": seed, "trial": options.trial}
+    unit.update(device="CPU", torch=m.torch.__version__, processes=options.workers)
+    if m.torch.cuda.is_available():
+        unit["device"] = m.torch.cuda.get_device_name()
     unit.update(seconds=round(time.time() - started, 1), started=round(started), **found)
     m.write_json(path, unit)
     print(
