@@ -463,6 +463,11 @@ def study_tasks(seeds=3):
     return tasks + [("pixels", PIXELS, 0)]
 
 
+def device():
+    """The GPU, if there is one."""
+    return m.torch.device("cuda" if m.torch.cuda.is_available() else "cpu")
+
+
 def judged_set(options, name):
     """A prepared set, and the findings that are evaluated on it."""
     data = m.PreparedData(name, options.data_root)
@@ -536,7 +541,7 @@ class PooledMaps(m.nn.Module):
 def pooled_features(path, data, size):
     """Features of all images of a set: a dict of (N, C): "h", "level 1", ..., "all levels"."""
     encoder, _ = m.load_encoder(str(path))
-    model = PooledMaps(encoder).to(m.setup()[0], memory_format=m.torch.channels_last)
+    model = PooledMaps(encoder).to(device(), memory_format=m.torch.channels_last)
     x = m.predict(model, data.images, m.torch.arange(len(data.images)), size, "off")
     h, *levels = x.split([encoder.channels[-1], *encoder.channels], 1)
     features = {"h": h, "all levels": m.torch.cat(levels, 1)}
@@ -591,7 +596,9 @@ def probe_rows(data, names, features, fractions, rows, ranks):
 
 def score_key(row):
     """The name of a row's ranks, within its unit."""
-    return "|".join(f"{row[k]}" for k in ("set", "mode", "features", "labels", "subset"))
+    return "|".join(
+        [row["set"], row["mode"], row["features"], f"{row['labels']:g}", f"{row['subset']}"]
+    )
 
 
 def study_frozen(options, method, seed):
@@ -662,7 +669,7 @@ def finetuned(options, method, seed, name, fraction, recipe, size):
     m.classify(m.make_config("classify", m.ClassifyConfig, given))
     data, findings = judged_set(options, name)
     model, _ = m.load_module(f"{out}/classifier.pt", "classifier")
-    model = model.to(m.setup()[0], memory_format=m.torch.channels_last).eval()
+    model = model.to(device(), memory_format=m.torch.channels_last).eval()
     scores = [m.predict(model, data.images, data.indices(s), size) for s in ("val", "test")]
     (out / "classifier.pt").unlink()
     return given, data, findings, model, scores
@@ -713,7 +720,7 @@ def study_pointing(options, method, seed):
     recipe = ("nih128", 1, (128, 10, 3), 224)
     given, nih, findings, model, scores = finetuned(options, method, seed, *recipe)
     row, _ = score_row(nih, findings, *scores)
-    data, device = m.PreparedData("nihbox256", options.data_root), m.setup()[0]
+    data = m.PreparedData("nihbox256", options.data_root)
     boxes = m.pd.read_csv(data.folder / "boxes.csv", dtype={"image": str})
     unseen = ~np.isin(data.patient.astype(str), nih.patient.astype(str))
     position = {name: i for i, name in enumerate(data.names) if unseen[i]}
@@ -727,7 +734,7 @@ def study_pointing(options, method, seed):
             inside[names.index(box.image)] |= down[:, None] & across
         peaks = []
         for rows in m.torch.tensor([position[name] for name in names]).split(32):
-            x = m.normalise(m.resize_images(data.images[rows].to(device), given["size"]))
+            x = m.normalise(m.resize_images(data.images[rows].to(device()), given["size"]))
             cam = m.gradcam(model, x, nih.findings.index(finding))
             peaks += cam.flatten(1).argmax(1).tolist()
         y, x = np.divmod(np.array(peaks), given["size"])
