@@ -749,6 +749,29 @@ def study_pointing(options, method, seed):
     return {"pointing": found, "nih": row, "settings": settings}, {}
 
 
+def needed_unit(options, stage, method, seed):
+    """The log of the unit that has to come first, or None."""
+    if stage in ("pixels", "pretrain"):
+        return None
+    if method in SCRATCH:
+        method = "random"
+    return options.runs / f"{slug('pretrain', method, seed)}.json"
+
+
+def next_unit(options, tasks, taken):
+    """The first unit that no process has taken and that can start; None if all are taken."""
+    while not all(taken):
+        with taken.get_lock():
+            for index, task in enumerate(tasks):
+                needed = needed_unit(options, *task)
+                ready = needed is None or needed.exists() or needed.with_suffix(".failed").exists()
+                if ready and not taken[index]:
+                    taken[index] = 1
+                    return task
+        time.sleep(0.5)
+    return None
+
+
 def study_unit(options, stage, method, seed):
     """Runs one unit unless it is there; what it finds is written as a whole at its end."""
     actions = {"pretrain": study_pretrain, "frozen": study_frozen, "levels": study_levels}
@@ -756,13 +779,9 @@ def study_unit(options, stage, method, seed):
         pixels=study_pixels, finetune=study_finetune, segment=study_segment, pointing=study_pointing
     )
     path = options.runs / f"{slug(stage, method, seed)}.json"
-    needed = options.runs / f"{slug('pretrain', method, seed)}.json"
-    if method in SCRATCH:
-        needed = options.runs / f"{slug('pretrain', 'random', seed)}.json"
-    while stage not in ("pixels", "pretrain") and not needed.exists():
-        if needed.with_suffix(".failed").exists():
-            return
-        time.sleep(0.5)
+    needed = needed_unit(options, stage, method, seed)
+    if needed is not None and not needed.exists():  # it has failed
+        return
     if path.exists():
         return
     started = time.time()
@@ -788,21 +807,18 @@ def study_unit(options, stage, method, seed):
     )
 
 
-def study_worker(options, number, tasks, counter):
+def study_worker(options, number, tasks, taken):
     """Takes the next unit until there is none."""
     m.torch.set_num_threads(options.threads)
     log = open(options.runs / f"worker-{number}.log", "a", buffering=1)  # noqa: SIM115
     sys.stdout = sys.stderr = log
-    while True:
-        with counter.get_lock():
-            index = counter.value
-            counter.value += 1
-        if index >= len(tasks):
-            return
-        study_unit(options, *tasks[index])
+    task = next_unit(options, tasks, taken)
+    while task is not None:
+        study_unit(options, *task)
         gc.collect()
         if m.torch.cuda.is_available():
             m.torch.cuda.empty_cache()
+        task = next_unit(options, tasks, taken)
 
 
 def stop_once(number, frame):
@@ -818,13 +834,14 @@ def study(options):
         path.unlink()
     signal.signal(signal.SIGTERM, stop_once)
     spawn = multiprocessing.get_context("spawn")
-    tasks, counter, processes = study_tasks(options.seeds), spawn.Value("i", 0), []
+    tasks, processes = study_tasks(options.seeds), []
     if options.only:
         tasks = [task for task in tasks if task[0] in options.only.split(",")]
+    taken = spawn.Array("b", len(tasks))
     deadline = time.monotonic() + 60 * options.minutes
     try:
         for number in range(min(options.workers, len(tasks))):
-            given = (options, number, tasks, counter)
+            given = (options, number, tasks, taken)
             processes.append(spawn.Process(target=study_worker, args=given))
             processes[-1].start()
         for process in processes:
