@@ -981,7 +981,7 @@ def precision_intervals(options, frame, best, repeats=1000):
     from sklearn.metrics import average_precision_score
 
     data, findings = judged_set(options, "nih128")
-    y, found = data.labels[data.indices("test")].numpy(), []
+    y, found = data.labels[data.indices("test")].double().numpy(), []
     rng, ranks = np.random.default_rng(0), {}
     for seed in range(3):
         with np.load(options.out / f"scores-{seed}.npz") as packed:
