@@ -36,7 +36,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -724,7 +724,7 @@ class LARS(torch.optim.Optimizer):
             p_norm = torch.stack(torch._foreach_norm(layers))
             g_norm = torch.stack(torch._foreach_norm(grads))
             ratio = group["trust"] * p_norm / g_norm
-            ratio = ratio.masked_fill((p_norm == 0) | (g_norm == 0), 1.0)
+            ratio = ratio.masked_fill(p_norm * g_norm == 0, 1.0)
             torch._foreach_mul_(grads, list(ratio.unbind()))  # adaptation
 
         momenta = []
@@ -1427,7 +1427,7 @@ def pretraining_rows(sets, exclude_ids="", include_val=False):
     Returns: two int64 tensors; the second in random order.
     """
     split = np.concatenate([data.split for data in sets])
-    train = (split == "train") | (include_val & (split == "val"))
+    train = np.isin(split, ("train", "val")) if include_val else split == "train"
     if exclude_ids:
         lines = Path(exclude_ids).read_text().splitlines()
         names = np.concatenate([data.names for data in sets])
@@ -1451,7 +1451,7 @@ def choose_batch_size(wanted, images, device, world=1):
     return wanted
 
 
-def load_batches(steps, sets, rows, batch_size, views, seed, device, rank=0, world=1):
+def load_batches(steps, sets, rows, views, config, device, rank=0, world=1):
     """Yields the batches of some steps: number of the step, images, parameters of their views.
 
     The order of an epoch depends on (seed, epoch) alone, the views on (seed, step): a run that was
@@ -1459,6 +1459,7 @@ def load_batches(steps, sets, rows, batch_size, views, seed, device, rank=0, wor
     Args: rows: of the images to train on. rank, world: this process, and how many share a batch.
     Yields: step, images (B / world, S, S) uint8, dict of (2, B / world) parameters.
     """
+    batch_size, seed = config.batch_size, config.seed
 
     def load(step):
         epoch, step_in_epoch = divmod(step, len(rows) // batch_size)
@@ -1501,19 +1502,13 @@ def build_model(config):
     return model
 
 
-def for_training(model, device, world=1, compile=False):
-    """The model as the training step calls it: compiled, and in step with other processes."""
-    synchronised = world > 1 and device.type == "cuda"
-    if synchronised:  # on a CPU, every process has the statistics of its own part of the batch
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if compile:  # the blocks, whose passes over the maps are then few; the ResNet gains little
-        for block in model.encoder.context.values():
-            block.compile(dynamic=False)
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=not synchronised, gradient_as_bucket_view=True
-        )
-    return model
+def build_parts(config, device):
+    """Model, optimiser and scaler of a pre-training, by name."""
+    model = build_model(config).to(device, memory_format=torch.channels_last)
+    optimizer = LARS(model.parameters(), **select(config, "weight_decay", "trust"))
+    enabled = resolve_amp(device, config.amp) == "fp16"
+    scaler = torch.amp.GradScaler(device.type, enabled=enabled)
+    return {"model": model, "optimizer": optimizer, "scaler": scaler}
 
 
 # ---- training
@@ -1615,6 +1610,38 @@ class GraphedStep:
             print(f"the CUDA graph differs from a step by {error:.2g}: it is not used")
 
 
+def prepare_step(config, parts, views, device, world=1):
+    """The training step of a run: a function of images, view parameters and learning rate.
+
+    It works in step with the other processes, on compiled blocks and as a CUDA graph, where the
+    configuration and the device say so.
+    Args: parts: of `build_parts`; SyncBatchNorm replaces BatchNorm in the model.
+    """
+    model, optimizer, scaler = parts.values()
+    amp, weights = resolve_amp(device, config.amp), select(config, *LOSS_WEIGHTS)
+    if config.compile:  # the blocks, whose passes over the maps are then few
+        for block in model.encoder.context.values():
+            block.compile(dynamic=False)
+    parallel_model = model
+    if world > 1:
+        synchronised = device.type == "cuda"
+        if synchronised:  # on a CPU, every process has the statistics of its part of the batch
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        parallel_model = nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=not synchronised, gradient_as_bucket_view=True
+        )
+
+    def step(images, params, lr):
+        view1, view2 = views(images.to(device, non_blocking=True), params=params)
+        return train_step(parallel_model, optimizer, scaler, view1, view2, lr, amp, **weights)
+
+    # A graph is of one process; a scaler looks at numbers during a step.
+    eager = config.deterministic or world > 1 or amp == "fp16" or device.type != "cuda"
+    if config.graph and not eager:
+        return GraphedStep(step, model, optimizer)
+    return step
+
+
 def read_logs(pending, step, scaler):
     """Numbers that the last steps before `step` have logged; reading them waits for the device.
 
@@ -1667,13 +1694,14 @@ def validation_metrics(model, sets, rows, views, seed=0, amp="off", **loss_weigh
 
 
 @torch.compiler.set_stance("force_eager")  # batches of other sizes would be compiled anew
-def finish_epoch(config, model, state, lr, sets, val_rows, views, folder):
-    """Evaluates the model at the end of an epoch, and writes encoder.pt and metrics.csv.
+def finish_epoch(config, parts, state, seconds, sets, val_rows, views, folder):
+    """Evaluates the model at the end of an epoch, writes encoder.pt and metrics.csv, reports.
 
-    Args: state: of `pretrain`, see `save_training`; its history gets a new row.
+    Args: parts, state: see `save_training`; the history gets a new row. seconds: of a step.
     """
-    epoch = len(state["history"]) + 1
-    row = {"epoch": epoch, "step": state["step"], "lr": lr}
+    model, epoch = parts["model"], len(state["history"]) + 1
+    row = {"epoch": epoch, "step": state["step"]}
+    row["lr"] = float(parts["optimizer"].param_groups[0]["lr"])  # of the last step
     logs = pd.DataFrame(state["logs"]).replace(math.inf, math.nan)  # inf: a step of fp16, skipped
     row.update(logs.mean().to_dict())
     common, weights = select(config, "amp", "seed"), select(config, *LOSS_WEIGHTS)
@@ -1689,6 +1717,7 @@ def finish_epoch(config, model, state, lr, sets, val_rows, views, folder):
     save_checkpoint(folder / "encoder.pt", encoder=model.encoder.state_dict(), **about)
     with replacing(folder / "metrics.csv") as f:
         pd.DataFrame(state["history"]).to_csv(f, index=False)
+    print_epoch(row, config.epochs, config.batch_size, seconds)
 
 
 def print_epoch(row, epochs, batch_size, seconds):
@@ -1743,52 +1772,41 @@ def pretrain(config):
     sets = open_sets(config.data, config.data_root)
     rows, val_rows = pretraining_rows(sets, config.exclude_ids, config.include_val)
     batch_size = choose_batch_size(config.batch_size, len(rows), device, world)
+    config = replace(config, batch_size=batch_size)
     views = RandomViews(**select(config, *VIEW_SETTINGS))
     epoch_steps = len(rows) // batch_size  # the remainder is dropped; another one each epoch
     total_steps, warmup_steps = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
 
     # Model and optimiser.
-    model = build_model(config).to(device, memory_format=torch.channels_last)
-    parallel_model = for_training(model, device, world, config.compile)
-    optimizer = LARS(model.parameters(), **select(config, "weight_decay", "trust"))
-    amp, weights = resolve_amp(device, config.amp), select(config, *LOSS_WEIGHTS)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-
-    def step(images, params, lr):  # two views of every image, and one update of the weights
-        view1, view2 = views(images.to(device, non_blocking=True), params=params)
-        return train_step(parallel_model, optimizer, scaler, view1, view2, lr, amp, **weights)
-
-    run_step = step
-    eager = config.deterministic or world > 1 or amp == "fp16" or device.type != "cuda"
-    if config.graph and not eager:
-        run_step = GraphedStep(step, model, optimizer)
+    parts = build_parts(config, device)
+    step = prepare_step(config, parts, views, device, world)
+    amp = resolve_amp(device, config.amp)
     chosen = {"images": len(rows), "batch_size": batch_size, "amp": amp}
     with stop_signals() as signals, training_folder(config, sets, rank, world, **chosen) as folder:
         state = resume(folder, parts)
         pending, first_step, saved, started = [], state["step"], time.monotonic(), time.monotonic()
         steps = tqdm(range(first_step, total_steps), disable=None)
-        of_process = (config.seed, device, rank, world)
-        for i, images, params in load_batches(steps, sets, rows, batch_size, views, *of_process):
-            # One step.
+        for i, images, params in load_batches(
+            steps, sets, rows, views, config, device, rank, world
+        ):
+            # One step: two views of every image, and one update of the weights (`train_step`).
             lr = cosine_schedule(i, total_steps, warmup_steps, config.lr * batch_size / 256)
-            pending.append(run_step(images, params, lr))
+            pending.append(step(images, params, lr))
             state["step"] = i + 1
 
             # The rest waits for the GPU, and processes for each other: not after every step.
             epoch_ends = state["step"] % epoch_steps == 0
             if device.type == "cuda" and not epoch_ends and state["step"] % READ_EVERY > 0:
                 continue
-            state["logs"] += read_logs(pending, state["step"], scaler)
+            state["logs"] += read_logs(pending, state["step"], parts["scaler"])
             pending = []
             stopped = any_process(len(signals) > 0, device)  # Ctrl-C or SIGTERM
 
             # End of an epoch: evaluate, write, report.
-            if epoch_ends and rank == 0:
-                finish_epoch(config, model, state, lr, sets, val_rows, views, folder)
-                seconds = (time.monotonic() - started) / (state["step"] - first_step)
-                print_epoch(state["history"][-1], config.epochs, batch_size, seconds)
             if epoch_ends:
+                seconds = (time.monotonic() - started) / (state["step"] - first_step)
+                if rank == 0:
+                    finish_epoch(config, parts, state, seconds, sets, val_rows, views, folder)
                 state["logs"] = []
 
             # Checkpoint: now and then, at the end, and before the run stops.

@@ -872,9 +872,8 @@ def make_training(**given):
     """Model, and all parts of a small training on a CPU, as `pretrain` makes them."""
     given = {"data": "toy", "size": 32, "embedding_dim": 8, "batch_size": 4, **given}
     config = m.make_config("pretrain", m.PretrainConfig, given)
-    model = m.build_model(config)
-    scaler = torch.amp.GradScaler("cpu", enabled=config.amp == "fp16")
-    return model, {"model": model, "optimizer": m.LARS(model.parameters()), "scaler": scaler}
+    parts = m.build_parts(config, torch.device("cpu"))
+    return parts["model"], parts
 
 
 def test_the_scaler_of_float16_is_part_of_the_state(place):
@@ -1318,7 +1317,8 @@ def watch(model, rows, logs=(), step=50, **given):
     data = m.PreparedData("toy")
     config = m.PretrainConfig(**{"size": 32, "embedding_dim": 16, "epochs": 1, **given})
     state = {"step": step, "history": [], "logs": list(logs)}
-    m.finish_epoch(config, model, state, 0.1, [data, data], rows, m.RandomViews(32), Path())
+    parts = {"model": model, "optimizer": m.LARS(model.parameters())}
+    m.finish_epoch(config, parts, state, 1.0, [data] * 2, rows, m.RandomViews(32), Path())
     return state["history"][0]
 
 
