@@ -18,7 +18,6 @@ import argparse
 import functools
 import gc
 import json
-import math
 import multiprocessing
 import re
 import subprocess
@@ -34,8 +33,6 @@ sys.path.insert(0, str(HERE.parent))
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -43,11 +40,10 @@ from torchvision.transforms import v2
 import mlvicx as m
 
 BARE, INLINE, SIDE, NONE = "two-view ResNet-18", "MLVICX, inline", "MLVICX, side", "MLVICX, none"
-LITERAL = "literal, float32"
+LITERAL, CAPTURED = "literal, float32", "two-view ResNet-18, captured"
 KEPT = "literal, memory kept"  # with `keep_memory`, as all but the literal form have it
-FORMS = (BARE, NONE, SIDE, INLINE, LITERAL, KEPT)
+FORMS = [BARE, NONE, SIDE, INLINE, LITERAL, KEPT]
 FORWARD = ["encoder", "context-bottlenecks", "heads", "losses"]
-CAPTURED = "two-view ResNet-18, captured"
 TRAINING = {  # forms of the training step, as settings of `pretrain`; the default is side
     "eager": {"graph": False},
     "graph": {},
@@ -56,7 +52,7 @@ TRAINING = {  # forms of the training step, as settings of `pretrain`; the defau
     "graph, VICReg": {"context": "none", "local_weight": 0.0, "final_bn": False},
     "graph, compiled": {"compile": True},
 }
-EXPECTED = {"pretrain": 40, "graph, compiled": 50}  # seconds; of the others 5
+EXPECTED = {"pretrain": 40, "graph, compiled": 50, LITERAL: 15}  # seconds; of the others 5
 COUNTED = ("eager", "graph, compiled")  # late, for the profiler may slow what follows it
 STARTED = time.perf_counter()
 
@@ -91,7 +87,7 @@ def peak_bytes(reset=False):
             Path("/proc/self/clear_refs").write_text("5")
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):
-        return math.nan
+        return float("nan")
 
 
 def seconds(call):
@@ -110,7 +106,7 @@ def build_form(name, embedding_dim):
         return LiteralMLVICX(embedding_dim, context="inline")
     if name.startswith(BARE):
         model = m.MLVICX(context="none", local=False)
-        model.global_head.mlp = nn.Sequential()  # no heads: the loss sees h itself
+        model.global_head.mlp = torch.nn.Sequential()  # no heads: the loss sees h itself
     else:
         model = m.MLVICX(embedding_dim, context=name.split(", ")[1])
     return model.to(memory_format=torch.channels_last)
@@ -156,31 +152,27 @@ def measure_form(name, config):
     return {"seconds": min(taken[1:]), "peak_mb": peak / 1e6, "resident_mb": resident / 1e6}
 
 
-def step_parts(config):
+def step_parts(config, device):
     """The parts of a step, as calls by name, and the parameters of the modules."""
     batch, size = config.batch_size, config.size
-    amp = m.autocast(torch.device("cpu"), config.amp)
+    amp = m.autocast(device, config.amp)
     bare, model = (build_form(name, config.embedding_dim) for name in (BARE, INLINE))
     still = [build_form(name, config.embedding_dim).encoder.eval() for name in (BARE, INLINE)]
     views = torch.randn(2, batch, 3, size, size)
     images = torch.randint(256, (16 * batch, 256, 256)).byte()
-    mapped = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=tuple(images.shape))
-    mapped[:] = images  # read as a prepared set is, from a file
-    prepared = SimpleNamespace(images=torch.from_numpy(mapped))
     collate = functools.partial(torchvision_views, size=size)
     theirs = torch.utils.data.DataLoader(images, batch, num_workers=2, collate_fn=collate)
     ours, blocks = m.RandomViews(size), model.encoder.context
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    heads = (model.global_head.mlp, model.local_head.mlp)
     with torch.no_grad(), amp:
         encoded = [model.encoder(view) for view in views]
         (h1, h2), maps = zip(*encoded, strict=True)
         z = model(*views)
 
     def project_all():
-        pooled = [model.local_head.pool(level) for level in maps]
-        return m.project(heads[0], h1, h2), m.project(heads[1], *pooled)
+        m.project(model.global_head.mlp, h1, h2)
+        m.project(model.local_head.mlp, *(model.local_head.pool(level) for level in maps))
 
     def all_blocks():
         for level in maps:
@@ -196,7 +188,7 @@ def step_parts(config):
     }
     parts = {name: torch.no_grad()(amp(call)) for name, call in forward.items()}
     others = {
-        "read": lambda: m.gather_images([prepared], torch.randint(16 * batch, (batch,))),
+        "read": lambda: m.gather_images([SimpleNamespace(images=images)], 16 * torch.arange(batch)),
         "views": lambda: ours(images[:batch], m.generator("bench")),
         "views, torchvision": lambda: list(theirs),
         "losses": lambda: m.mlvicx_loss(*z),
@@ -208,13 +200,12 @@ def step_parts(config):
     return parts, {k: sum(p.numel() for p in v.parameters()) for k, v in modules.items()}
 
 
-def steps(config):
+def steps(config, device):
     """What each form of the model and each part of a step costs. Returns: a dict for JSON."""
     torch.manual_seed(0)
-    parts, parameters = step_parts(config)
+    parts, parameters = step_parts(config, device)
     # A fork server imports torch once, and forks every process from there.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mlvicx"])
     rows = {}
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
@@ -225,11 +216,8 @@ def steps(config):
     table = pd.DataFrame(rows).T
     table.loc["views, torchvision", "seconds"] /= 16  # it ran over sixteen batches
     table.loc[LITERAL, "peak_mb"] = table["peak_mb"][KEPT]  # the same model
-    t, form, forward = (
-        table["seconds"],
-        table["seconds"][list(FORMS)],
-        table["seconds"][FORWARD].sum(),
-    )
+    t = table["seconds"]
+    form, forward = t[FORMS], t[FORWARD].sum()
     table.loc["backward", "seconds"] = t[INLINE] - forward
     table["images_per_second"] = config.batch_size / form
     table["over_resnet"], table["literal_over_it"] = form / t[BARE], t[LITERAL] / form
@@ -251,9 +239,7 @@ def steps(config):
         with FlopCounterMode(display=False) as counter:
             parts[part]()  # two views, and two operations a multiply-add
         multiply_adds[name] = counter.get_total_flops() // (4 * config.batch_size)
-    print("forward and backward of each form, then the parts of a step")
-    shown = table.assign(seconds=1000 * table["seconds"]).rename(columns={"seconds": "ms"})
-    print(shown.to_string(float_format="{:.4g}".format, na_rep=""))
+    print(table.to_string(float_format="{:.4g}".format, na_rep=""))
     rows = json.loads(table.to_json(orient="index", double_precision=15))
     measured = {name: rows.pop(name) for name in FORMS}
     found = {"ratios": ratios, "parameters": parameters, "multiply_adds": multiply_adds}
@@ -291,10 +277,9 @@ def whole_step(config, batch, device, name):
 def captured(call):
     """The same call as a CUDA graph."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
     torch.cuda.synchronize()
+    with torch.cuda.stream(stream):  # algorithms are chosen before anything is recorded
+        call()
     with torch.cuda.graph(graph):
         call()
     return graph.replay
@@ -307,9 +292,7 @@ def measure_step(config, batch, name, device):
     wait, warm_up, repeats = torch.cpu.synchronize, 1, 2
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        wait = torch.cuda.synchronize
-    if device.type == "cuda" and name != LITERAL:
-        warm_up, repeats = 6, 20
+        wait, warm_up, repeats = torch.cuda.synchronize, 5, 12
     if name in TRAINING:
         call = original = whole_step(config, batch, device, name)
     else:
@@ -332,7 +315,7 @@ def measure_step(config, batch, name, device):
     if device.type == "cuda":
         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
     if name in COUNTED and device.type == "cuda":
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             call()
             wait()
         row["kernels"] = sum(e.device_type.name == "CUDA" for e in profiler.events())
@@ -352,11 +335,9 @@ def measure_pretrain(config, batch, device):
         words = f"--data {place} --out {place}/run --epochs 2 --knn-every 0 --batch-size {batch}"
         words += f" --device {device} --size {config.size} --embedding-dim {config.embedding_dim}"
         call, started = [sys.executable, "mlvicx.py", "pretrain", *words.split()], time.time()
-        done = subprocess.run(call, cwd=HERE.parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(call, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, check=True)
         taken = time.time() - started
     rates = [int(rate) for rate in re.findall(r"(\d+) images/s", done.stdout)]
-    if done.returncode != 0:
-        raise RuntimeError(done.stdout + done.stderr)
     # Each line counts from the start of the training, so the first has its warm-up in it.
     second = 1 / max(2 / rates[1] - 1 / rates[0], 1e-9)
     row = dict(zip(("images/s, epoch 1", "images/s, both epochs"), rates, strict=True))
@@ -376,8 +357,8 @@ def plan(large, small, cuda):
 def training(config, device):
     """What a training step costs, whole and form by form. Returns: a dict for JSON."""
     torch.backends.cudnn.benchmark = True
-    cuda, found = device.type == "cuda", {"training": {}}
-    rows, found["device"] = found["training"], torch.cuda.get_device_name() if cuda else "CPU"
+    cuda, rows = device.type == "cuda", {}
+    found = {"device": torch.cuda.get_device_name() if cuda else "CPU", "training": rows}
     for batch, name in plan(*config.batches, cuda):
         now = time.perf_counter() - STARTED
         if now + EXPECTED.get(name, 5) > config.limit:
@@ -387,7 +368,7 @@ def training(config, device):
                 row = measure_pretrain(config, batch, device)
             else:
                 row = measure_step(config, batch, name, device)
-        except RuntimeError as e:  # the other forms are measured all the same
+        except (RuntimeError, subprocess.CalledProcessError) as e:  # which spares the others
             row = {"failed": str(e)[-1000:]}
         for other in (BARE, CAPTURED, "graph"):
             base = rows.get(f"batch {batch}, {other}", {})
@@ -412,18 +393,18 @@ class Operators(TorchDispatchMode):
     on data, a tensor is made of Python's numbers and must be copied.
     """
 
+    count, blocking = 0, ()
     LOOKS = "detach view _unsafe_view unsqueeze squeeze select expand transpose permute lift_fresh"
-    BLOCKS = "_local_scalar_dense nonzero lift_fresh"
-
-    def __init__(self):
-        super().__init__()
-        self.count, self.blocking = 0, []
+    BLOCKS = "_local_scalar_dense nonzero masked_select lift_fresh"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
+        name, indices = func.overloadpacket.__name__, ()
+        if name in ("index", "index_put_"):
+            indices = [index for index in args[1] if index is not None]
+        masked = any(index.dtype == torch.bool for index in indices)
         self.count += name not in self.LOOKS.split()
-        if name in self.BLOCKS.split():
-            self.blocking.append(name)
+        if masked or name in self.BLOCKS.split():
+            self.blocking += (name,)
         return func(*args, **(kwargs or {}))
 
 
@@ -465,13 +446,10 @@ def main(argv=None):
     parser.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"), help="on a CPU")
     parser.add_argument("--out", default="", help="JSON file to write")
     config = parser.parse_args(argv)
-    if config.out:  # before minutes of measuring
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
     device, _, _ = m.setup(config.device)
-    if device.type == "cpu":
-        result = save(config, steps(config))
-    else:
-        result = save(config, training(config, device))
+    measure = training if device.type == "cuda" else steps
+    result = save(config, measure(config, device))
     print(json.dumps(result, indent=1))
     return result
 
