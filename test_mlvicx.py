@@ -27,6 +27,7 @@ import time
 import tokenize
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -4546,7 +4547,7 @@ def test_every_command_of_the_readme_runs(raw_downloads, every_thread, monkeypat
 
 
 def test_the_bench_measures_every_form_and_part(tmp_path, capsys):
-    words = "--size 64 --batch-size 2 --embedding-dim 8 --repeats 1"
+    words = "--device cpu --size 64 --batch-size 2 --embedding-dim 8 --repeats 1"
     bench.main([*words.split(), "--out", str(tmp_path / "runs" / "bench.json")])
     found = json.loads((tmp_path / "runs" / "bench.json").read_text())
     assert list(found["steps"]) == list(bench.FORMS)
@@ -4554,6 +4555,31 @@ def test_the_bench_measures_every_form_and_part(tmp_path, capsys):
     assert found["parameters"]["backbone"] == 11176512
     assert set(found["parts"]) >= {"read", "views", "encoder", "context-bottlenecks", "LARS"}
     assert min(found["ratios"].values()) > 0 and min(found["multiply_adds"].values()) > 0
+    counts = found["operators"]
+    assert 0 < counts["views"] < counts["training step"] and counts["blocking"] == []
+
+
+def test_the_bench_counts_operators_and_those_that_make_python_wait():
+    x, mask = torch.zeros(2, 2), torch.tensor([True, False])
+    with bench.Operators() as counted:
+        x.T.reshape(4)[None].add_(1).mul_(2)  # a copy, and two operators that compute
+    assert counted.count == 3 and counted.blocking == ()
+    with bench.Operators() as counted:
+        float(x.sum()), x[mask], mask.nonzero(), torch.tensor([1.0]), x[x.long()[0]]
+    assert counted.blocking == ("_local_scalar_dense", "index", "nonzero", "lift_fresh")
+
+
+def test_the_bench_measures_whole_steps_and_pretrain(tmp_path, monkeypatch):
+    pairs = bench.plan(4, 2, cuda=False)
+    assert len(set(pairs)) == len(pairs) and set(pairs) < set(bench.plan(4, 2, cuda=True))
+    pairs.remove((2, bench.LITERAL))  # which takes long
+    monkeypatch.setattr(bench, "plan", lambda *_: pairs)
+    out, given = tmp_path / "bench.json", {"size": 32, "embedding_dim": 8, "images": 20}
+    config = SimpleNamespace(batches=(4, 2), limit=math.inf, out=str(out), **given)
+    found = bench.training(config, torch.device("cpu"))["training"]
+    assert json.loads(out.read_text())["training"] == found
+    assert list(found) == [f"batch {batch}, {name}" for batch, name in pairs]
+    assert all(min(row.values()) > 0 for row in found.values())
 
 
 def test_the_module_is_written_plainly():
