@@ -1021,12 +1021,11 @@ class RandomViews:
     def __call__(self, images, generator=None, params=None):
         if params is None:
             params = self.draw(len(images), images.shape[-1], generator)
-        device = images.device
-        params = {name: v.to(device, non_blocking=True) for name, v in params.items()}
-        params1 = {name: value[0] for name, value in params.items()}
-        params2 = {name: value[1] for name, value in params.items()}
-        view1 = normalise(self.render(images, params1))
-        view2 = normalise(self.render(images, params2))
+        on_device = {}
+        for name, value in params.items():  # those of view 1, then those of view 2
+            on_device[name] = value.to(images.device, non_blocking=True).flatten()  # (2 B,)
+        views = self.render(images.repeat(2, 1, 1), on_device)  # (2 B, size, size)
+        view1, view2 = normalise(views).chunk(2)
         return view1, view2
 
 
@@ -1610,26 +1609,34 @@ class GraphedStep:
             print(f"the CUDA graph differs from a step by {error:.2g}: it is not used")
 
 
+def for_training(model, device, world=1, compile=False):
+    """The model as the training step calls it: compiled, and in step with other processes.
+
+    SyncBatchNorm replaces BatchNorm in the model, if it is on several GPUs.
+    """
+    if compile:  # the blocks, whose passes over the maps are then few
+        for block in model.encoder.context.values():
+            block.compile(dynamic=False)
+    if world == 1:
+        return model
+    synchronised = device.type == "cuda"
+    if synchronised:  # on a CPU, every process has the statistics of its own part of the batch
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(
+        model, broadcast_buffers=not synchronised, gradient_as_bucket_view=True
+    )
+
+
 def prepare_step(config, parts, views, device, world=1):
     """The training step of a run: a function of images, view parameters and learning rate.
 
     It works in step with the other processes, on compiled blocks and as a CUDA graph, where the
     configuration and the device say so.
-    Args: parts: of `build_parts`; SyncBatchNorm replaces BatchNorm in the model.
+    Args: parts: of `build_parts`.
     """
     model, optimizer, scaler = parts.values()
     amp, weights = resolve_amp(device, config.amp), select(config, *LOSS_WEIGHTS)
-    if config.compile:  # the blocks, whose passes over the maps are then few
-        for block in model.encoder.context.values():
-            block.compile(dynamic=False)
-    parallel_model = model
-    if world > 1:
-        synchronised = device.type == "cuda"
-        if synchronised:  # on a CPU, every process has the statistics of its part of the batch
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        parallel_model = nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=not synchronised, gradient_as_bucket_view=True
-        )
+    parallel_model = for_training(model, device, world, config.compile)
 
     def step(images, params, lr):
         view1, view2 = views(images.to(device, non_blocking=True), params=params)
