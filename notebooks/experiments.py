@@ -341,9 +341,10 @@ def patient_draws(data, repeats=1000):
 
 def average_precision(order, y, weights):
     """Average precision of one finding: (n,) ranks, (n,) labels, (R, n) weights -> (R,)."""
-    descending = np.argsort(-order.astype(int), kind="stable")
-    counted = weights[:, descending]
-    positive = counted * y[descending]
+    falling = np.argsort(-order.astype(int))
+    starts = np.unique(-order[falling].astype(int), return_index=True)[1]  # of equal ranks
+    counted = np.add.reduceat(weights[:, falling], starts, 1)
+    positive = np.add.reduceat((weights * y)[:, falling], starts, 1)
     precision = np.cumsum(positive, 1) / np.maximum(np.cumsum(counted, 1), 1)
     with np.errstate(invalid="ignore"):  # a draw without a positive image
         return (positive * precision).sum(1) / positive.sum(1)
@@ -454,6 +455,8 @@ def tables(options):
     cells, summary = study_cells(options), []
     for cell, runs in cells.items():
         for measure in runs[min(runs)][0]:
+            if measure != "test" and cell[2] != "h":
+                continue
             values = seed_values(runs, measure)
             summary.append(summary_row(cell, measure, values[:, 0], values[:, 1:].mean(0)))
     summary += declared_rows(cells)
