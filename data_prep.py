@@ -17,9 +17,7 @@ ends with the same bytes.
 
 import argparse
 import contextlib
-import ctypes
 import functools
-import gzip
 import hashlib
 import inspect
 import io
@@ -36,13 +34,16 @@ import threading
 import unicodedata
 import urllib.request
 import warnings
+import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+from numpy import clip, exp, maximum, sqrt
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -131,8 +132,9 @@ def _read_bytes(source):
     else:
         data = source.read()
     if data[:2] == b"\x1f\x8b":
-        data = gzip.open(io.BytesIO(data)).read(MAX_BYTES + 1)
-        require(len(data) <= MAX_BYTES, "a file above 256 MiB when unpacked")
+        unpacker = zlib.decompressobj(31)
+        data = unpacker.decompress(data, MAX_BYTES)
+        require(unpacker.eof, "gzip data that end early, or above 256 MiB when unpacked")
     return data
 
 
@@ -146,12 +148,9 @@ def _read_picture(data):
     """Bytes in one of FORMATS -> (H, W) uint8."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image.height, image.width)
-        if image.format in ("WEBP", "TIFF"):
-            tags = getattr(image, "tag_v2", {})
-            bits, dark_is_zero = max(tags.get(258, (8,))), tags.get(262) == 1
-            known = bits <= 8 or (image.mode.startswith("I;16") and dark_is_zero)
-            kind = f"a {image.format} file of several pages, or of {bits} bits in an unusual form"
-            require(known and image.n_frames == 1, kind)
+        if image.format == "TIFF":  # others may lose pages, bits or their polarity
+            known = image.mode in ("1", "L") and image.n_frames == 1
+            require(known, f"a TIFF file of mode {image.mode} or of several pages; gray is read")
         if image.format == "PNG" and image.tile[0][3] in ("RGB;16B", "RGBA;16B", "LA;16B"):
             gray = _stretch(_deep_colour(image, data))
         elif image.mode.startswith("I"):  # 16-bit gray
@@ -236,9 +235,8 @@ def _check_pixel_data(ds, syntax):
     _check_size(*header)
     known = depth in ((1, 8), (1, 16), (3, 8)) and int(_number(ds, "NumberOfFrames", 1)) <= 1
     require(known, f"DICOM of several frames, or of (samples, bits) = {depth}")
-    colours = ds.PhotometricInterpretation
-    gray = colours in ("MONOCHROME1", "MONOCHROME2")
-    require(gray == (depth[0] == 1), f"PhotometricInterpretation {colours} of {depth[0]} samples")
+    gray = ds.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
+    require(gray == (depth[0] == 1), f"{ds.PhotometricInterpretation} of {depth[0]} samples")
     size, stream = math.prod(header + depth) // 8, ds.PixelData
     if not ds["PixelData"].is_undefined_length:  # not compressed
         require(len(stream) >= size, f"{len(stream)} bytes of pixels, the header says {size}")
@@ -275,7 +273,7 @@ def _number(ds, name, default=None):
 
 def _display(levels, ds):
     """Stored values -> values to be shown: modality LUT or slope, then VOI LUT or window."""
-    from pydicom.pixels import apply_modality_lut, apply_voi
+    from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
     if ds.get("ModalityLUTSequence"):
         values = apply_modality_lut(levels, ds)
@@ -284,23 +282,11 @@ def _display(levels, ds):
         values = levels * slope + intercept
     if ds.get("VOILUTSequence"):
         return apply_voi(np.rint(values).astype(np.int64), ds)
-    center, width = _number(ds, "WindowCenter"), _number(ds, "WindowWidth")
-    if center is None or width is None:
+    if _number(ds, "WindowCenter") is None or _number(ds, "WindowWidth") is None:
         return values
-
-    # DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3. At width 0 a line is a step.
-    top = 2**ds.BitsStored - 1
-    kind = ds.get("VOILUTFunction") or "LINEAR"
-    require(kind in ("LINEAR", "LINEAR_EXACT", "SIGMOID"), f"VOILUTFunction {kind}")
-    if kind == "LINEAR":
-        center, width = center - 0.5, width - 1
-    require(
-        width > 0 or (width == 0 and kind == "LINEAR"), f"WindowWidth of a {kind} window: {width}"
-    )
-    place = (values - center) / max(width, 1e-9)
-    if kind == "SIGMOID":
-        return top / (1 + np.exp(-4 * place))
-    return top * np.clip(place + 0.5, 0, 1)
+    ds.VOILUTFunction = ds.get("VOILUTFunction") or "LINEAR"
+    ds.RescaleSlope = 1  # pydicom would invert the window for a negative slope
+    return apply_windowing(values, ds)
 
 
 # ================================================================================================
@@ -312,7 +298,7 @@ PHANTOM_FINDINGS = PHANTOM_COARSE + PHANTOM_FINE
 # One entry a hospital. `prevalence` is in the order of PHANTOM_FINDINGS (Fibrosis is the rare one),
 # `dark` the optical depth shown as middle gray, `slope` the contrast of the film around it.
 PHANTOM_SITES = {
-    "a": dict(
+    "a": SimpleNamespace(
         code=0,
         prevalence=(0.13, 0.21, 0.17, 0.17, 0.11, 0.04),
         fat=0.06,
@@ -321,7 +307,7 @@ PHANTOM_SITES = {
         scatter=0.10,
         noise=0.028,
     ),
-    "b": dict(
+    "b": SimpleNamespace(
         code=1,
         prevalence=(0.20, 0.25, 0.09, 0.10, 0.06, 0.08),
         fat=0.13,
@@ -357,20 +343,20 @@ def phantom_case(seed, index, site="a"):
     """
     place, size = PHANTOM_SITES[site], sum(IMAGES_PER_PATIENT)
     block = index // size
-    rng = np.random.default_rng([seed, place["code"], 0, block])
+    rng = np.random.default_rng([seed, place.code, 0, block])
     ends = np.cumsum(rng.permutation(IMAGES_PER_PATIENT))
     number = block * len(IMAGES_PER_PATIENT) + np.searchsorted(ends, index % size, "right")
 
-    rng = np.random.default_rng([seed, place["code"], 1, number])
-    body = {name: rng.uniform(*limits) for name, limits in BUILD.items()}
-    body["fat"] = place["fat"] + rng.exponential(0.06)
+    rng = np.random.default_rng([seed, place.code, 1, number])
+    body = SimpleNamespace(**{name: rng.uniform(*limits) for name, limits in BUILD.items()})
+    body.fat = place.fat + rng.exponential(0.06)
     risk = rng.standard_normal(7)  # findings of a patient persist, and by the last go together
 
-    rng = np.random.default_rng([seed, place["code"], 2, index])
+    rng = np.random.default_rng([seed, place.code, 2, index])
     today = math.sqrt(1 - 0.35**2 - 0.6**2) * rng.standard_normal(6)
     normal = 0.35 * risk[6] + 0.6 * risk[:6] + today
     severity = {}
-    for name, value, share in zip(PHANTOM_FINDINGS, normal, place["prevalence"], strict=True):
+    for name, value, share in zip(PHANTOM_FINDINGS, normal, place.prevalence, strict=True):
         # The tail of a normal is uniform in (0, 1): below the share the finding is there, and
         # deeper is worse.
         tail = math.erfc(value / math.sqrt(2)) / 2
@@ -387,7 +373,7 @@ def phantom_findings(severity):
 
 def _ramp(distance, width=0.03):
     """A soft step from 0 to 1 around distance 0."""
-    return np.clip(distance / width + 0.5, 0, 1)
+    return clip(distance / width + 0.5, 0, 1)
 
 
 def _ball(x, y, x0, y0, a, b, tilt=0.0):
@@ -395,15 +381,15 @@ def _ball(x, y, x0, y0, a, b, tilt=0.0):
     c, s = math.cos(tilt), math.sin(tilt)
     u = (c * (x - x0) + s * (y - y0)) / a
     v = (c * (y - y0) - s * (x - x0)) / b
-    return np.sqrt(np.maximum(1 - u * u - v * v, 0))
+    return sqrt(maximum(1 - u * u - v * v, 0))
 
 
 def _smooth(image, sigma):
     """Gaussian blur with sigma in half image widths; by FFT, so that no thread count matters."""
     size = len(image)
     fx, fy = np.fft.rfftfreq(size, 2 / size), np.fft.fftfreq(size, 2 / size)
-    gx = np.exp(-2 * (np.pi * sigma * fx) ** 2).astype(np.float32)
-    gy = np.exp(-2 * (np.pi * sigma * fy) ** 2).astype(np.float32)
+    gx = exp(-2 * (np.pi * sigma * fx) ** 2).astype(np.float32)
+    gy = exp(-2 * (np.pi * sigma * fy) ** 2).astype(np.float32)
     return np.fft.irfft2(np.fft.rfft2(image) * gx * gy[:, None], s=image.shape)
 
 
@@ -416,12 +402,12 @@ def _texture(rng, size, fine, coarse):
 
 def _pose(rng, size):
     """Pixel grid in patient coordinates (x to the image right, y down) and the way back."""
-    turn = rng.uniform(0.96, 1.22) * np.exp(1j * rng.normal(0, 0.05))
+    turn = rng.uniform(0.96, 1.22) * exp(1j * rng.normal(0, 0.05))
     shift = rng.normal(0, 0.06) + 1j * rng.normal(0.04, 0.06)
 
     def to_pixel(points):
         spot = (turn * points + shift + 1 + 1j) * size / 2
-        return np.clip([spot.imag, spot.real], 0, size - 1).astype(int)
+        return clip([spot.imag, spot.real], 0, size - 1).astype(int)
 
     centre = (np.arange(size) + 0.5) * 2 / size - 1
     grid = (centre + 1j * centre[:, None] - shift) / turn
@@ -432,7 +418,7 @@ def _vessels(rng, size, to_pixel):
     """Bronchovascular tree: curved branches that fan out from both hila, splatted as points."""
     trunks, twigs, t = 26, 120, np.linspace(0, 1, 80)
     angle = rng.uniform(-1.4, 1.5, (trunks, 1)) + rng.normal(0, 0.7, (trunks, 1)) * t
-    step = rng.uniform(0.3, 0.75, (trunks, 1)) / t.size * np.exp(1j * angle)
+    step = rng.uniform(0.3, 0.75, (trunks, 1)) / t.size * exp(1j * angle)
     path = 0.17 - 0.1j + np.cumsum(step, 1)
 
     # A twig leaves its trunk at a knot, in another direction.
@@ -440,7 +426,7 @@ def _vessels(rng, size, to_pixel):
     knot = rng.integers(8, 60, size=(twigs, 1))
     bend = angle[parent, knot] + rng.normal(0, 0.8, (twigs, 1))
     reach = rng.uniform(0.08, 0.3, (twigs, 1)) * t
-    path = np.concatenate([path, path[parent, knot] + reach * np.exp(1j * bend)])
+    path = np.concatenate([path, path[parent, knot] + reach * exp(1j * bend)])
 
     mirrored = np.append(np.arange(trunks), parent) % 2 == 0
     path[mirrored] = -path[mirrored].conj()
@@ -453,57 +439,57 @@ def _vessels(rng, size, to_pixel):
 
 def _bones(body, x, y, cage, turn):
     """Optical depth of ribs, spine, clavicles and shoulder blades."""
-    r = np.abs(x) / body["width"]
+    r = abs(x) / body.width
     bone, inside = np.zeros_like(x), _ramp(1.04 - cage, 0.1)
     # Equal ribs repeat down the image, so one folded coordinate draws them all.
-    back = y - body["slope"] * r**2.2 + 0.08 * r
+    back = y - body.slope * r**2.2 + 0.08 * r
     front = y + 0.50 * r - 0.12 * r**4
     for curve, reach, amount in ((back, 2 * r, 0.16), (front, 5 * r - 1.9, 0.09)):
-        fold = np.abs((curve / body["spacing"]) % 1 - 0.5) * body["spacing"]
-        rim = 1 + 0.3 * _ramp(0.006 - np.abs(fold - 0.018), 0.012)  # the cortex is denser
-        bone += amount * rim * _ramp(0.026 - fold, 0.014) * inside * np.clip(reach, 0, 1)
+        fold = abs((curve / body.spacing) % 1 - 0.5) * body.spacing
+        rim = 1 + 0.3 * _ramp(0.006 - abs(fold - 0.018), 0.012)  # the cortex is denser
+        bone += amount * rim * _ramp(0.026 - fold, 0.014) * inside * clip(reach, 0, 1)
 
-    side = np.abs(x - 0.5 * turn)
-    bend = y - (body["apex"] + 0.17 - 0.20 * side + 0.035 * np.sin(9 * side))
-    spine = np.sqrt(np.clip(1 - (x / 0.095) ** 2, 0, 1))
-    clavicle = np.sqrt(np.clip(1 - (bend / 0.034) ** 2, 0, 1)) * _ramp(0.36 - np.abs(side - 0.45))
-    scapula = _ball(np.abs(x), y, body["width"] + 0.03, -0.34, 0.09, 0.30, 0.25)
+    side = abs(x - 0.5 * turn)
+    bend = y - (body.apex + 0.17 - 0.20 * side + 0.035 * np.sin(9 * side))
+    spine = sqrt(clip(1 - (x / 0.095) ** 2, 0, 1))
+    clavicle = sqrt(clip(1 - (bend / 0.034) ** 2, 0, 1)) * _ramp(0.36 - abs(side - 0.45))
+    scapula = _ball(abs(x), y, body.width + 0.03, -0.34, 0.09, 0.30, 0.25)
     bone += 0.45 * spine + 0.30 * clavicle + 0.16 * _ramp(scapula - 0.2, 0.3)
-    return bone * body["bone"]
+    return bone * body.bone
 
 
 def _anatomy(rng, body, x, y, enlarged):
     """Maps of one patient at one breath: `lung` in [0, 1], optical depths `soft`, `solid`."""
-    r = np.abs(x) / body["width"]
-    rise = np.maximum(0.22 - y, 0) / (0.22 - body["apex"])
+    r = abs(x) / body.width
+    rise = maximum(0.22 - y, 0) / (0.22 - body.apex)
     cage = r**2.4 + rise**2.3  # 0 on the axis of the rib cage, 1 on the inner chest wall
     # The level of the diaphragm, and how far a turned patient throws the mediastinum sideways.
     breath, turn = rng.normal(0.36, 0.10), rng.normal(0, 0.05)
     domes = breath + rng.normal(0, 0.055, 2) + (0.0, 0.04)  # the patient's right is higher
-    floor = np.where(x > 0, domes[1], domes[0]) + 0.85 * np.abs(r - 0.45) ** 2.2
+    floor = np.where(x > 0, domes[1], domes[0]) + 0.85 * abs(r - 0.45) ** 2.2
     inner = 0.10 + 0.12 * _ramp(y - breath + 0.18, 0.4) + 0.2 * _ramp(rise - 0.92, 0.25)
-    lung = _ramp(1 - cage, 0.09) * _ramp(floor - y) * _ramp(np.abs(x - turn) - inner, 0.05)
+    lung = _ramp(1 - cage, 0.09) * _ramp(floor - y) * _ramp(abs(x - turn) - inner, 0.05)
 
     # Heart, great vessels and aortic knob. A deep breath makes the same heart look narrow.
-    a = body["width"] * (body["heart"] + 0.15 * enlarged - 0.15 * (breath - 0.36))
-    heart = _ball(x, y, 0.32 * a + turn, breath - 0.45 * a, a, 0.76 * a, body["tilt"])
+    a = body.width * (body.heart + 0.15 * enlarged - 0.15 * (breath - 0.36))
+    heart = _ball(x, y, 0.32 * a + turn, breath - 0.45 * a, a, 0.76 * a, body.tilt)
     root = _ball(x, y, 0.10 * a + turn, breath - 0.95 * a, 0.62 * a, 1.05 * a, 0.15)
-    knob = _ball(x, y, 0.09 + turn, body["apex"] + 0.38, 0.085, 0.11)
+    knob = _ball(x, y, 0.09 + turn, body.apex + 0.38, 0.085, 0.11)
     for part in (heart, root, knob):
         lung = lung * (1 - 0.92 * _ramp(part - 0.25, 0.5))
 
     belly = _ramp(y - floor - 0.06, 0.25) * _ramp(1.1 - cage, 0.3)
-    trachea = _ramp(0.045 - np.abs(x - turn), 0.03) * _ramp(-0.2 - y, 0.1)
+    trachea = _ramp(0.045 - abs(x - turn), 0.03) * _ramp(-0.2 - y, 0.1)
     bubble = rng.random() * _ball(x, y, 0.3, domes[1] + 0.16, 0.14, 0.07)
-    breast = max(0, body["breast"]) * _ball(np.abs(x), y, 0.4, 0.22, 0.3, 0.24)
+    breast = max(0, body.breast) * _ball(abs(x), y, 0.4, 0.22, 0.3, 0.24)
     bones = _bones(body, x, y, cage, turn) * (1 - 0.6 * belly)
     solid = 0.25 * (heart + knob) - 0.25 * trachea - 0.5 * bubble + bones
 
-    half = body["width"] + 0.3 + body["fat"]
-    trunk = np.sqrt(np.maximum(1 - (x / half) ** 2, 0.05))
-    trunk *= 0.75 + 0.9 * body["fat"] + 0.25 * _ramp(y - 0.2, 1.2)
+    half = body.width + 0.3 + body.fat
+    trunk = sqrt(maximum(1 - (x / half) ** 2, 0.05))
+    trunk *= 0.75 + 0.9 * body.fat + 0.25 * _ramp(y - 0.2, 1.2)
     soft = 1.9 * trunk + breast + 0.4 * belly
-    return dict(cage=cage, breath=breath, lung=lung, heart=heart, soft=soft, solid=solid)
+    return SimpleNamespace(cage=cage, breath=breath, lung=lung, heart=heart, soft=soft, solid=solid)
 
 
 def _seat(rng, lung, to_pixel):
@@ -515,30 +501,30 @@ def _seat(rng, lung, to_pixel):
 
 def _disease(rng, noise, body, x, y, at, grade, to_pixel):
     """Lung left, added depth, share of vessels left, and the region of each finding shown."""
-    lung, regions = at["lung"], {"Cardiomegaly": at["heart"] > 0}
+    lung, regions = at.lung, {"Cardiomegaly": at.heart > 0}
     extra = air = np.zeros_like(x)
     sides = (x > 0) == (rng.random((2, 1, 1)) < 0.5)
 
     if "Effusion" in grade:
-        level = at["breath"] + 0.39 - 0.55 * grade["Effusion"] - 0.20 * at["cage"]  # the meniscus
+        level = at.breath + 0.39 - 0.55 * grade["Effusion"] - 0.20 * at.cage  # the meniscus
         fluid = lung * sides[0] * _ramp(y - level, 0.06)
         regions["Effusion"] = fluid > 0.5
         extra = extra + 0.35 * fluid
         lung = lung * (1 - 0.9 * _ramp(fluid - 0.4, 0.6))
 
     if "Fibrosis" in grade:
-        where = lung * _ramp(y - at["breath"] + 0.45, 0.5) * (0.4 + 0.6 * at["cage"])
+        where = lung * _ramp(y - at.breath + 0.45, 0.5) * (0.4 + 0.6 * at.cage)
         # The zero lines of a random field make a net.
-        net = np.exp(-((_texture(noise, len(x), 0.03, 0.08) / 0.4) ** 2)) - 0.25
+        net = exp(-((_texture(noise, len(x), 0.03, 0.08) / 0.4) ** 2)) - 0.25
         extra = extra + (0.42 + 0.38 * grade["Fibrosis"]) * where * net
         regions["Fibrosis"] = where > 0.3
 
     if "Consolidation" in grade:
         seat = _seat(rng, lung, to_pixel)
         a, b = rng.uniform(0.18, 0.34, 2)
-        cloud = lung * np.exp(-(((x - x[seat]) / a) ** 2) - ((y - y[seat]) / b) ** 2)
+        cloud = lung * exp(-(((x - x[seat]) / a) ** 2) - ((y - y[seat]) / b) ** 2)
         regions["Consolidation"] = cloud > 0.4
-        cloud = cloud * np.clip(1 + 0.45 * _texture(noise, len(x), 0.05, 0.3), 0, 2)
+        cloud = cloud * clip(1 + 0.45 * _texture(noise, len(x), 0.05, 0.3), 0, 2)
         extra = extra + (0.18 + 0.50 * grade["Consolidation"]) * cloud
 
     if "Nodule" in grade:
@@ -549,11 +535,11 @@ def _disease(rng, noise, body, x, y, at, grade, to_pixel):
 
     if "Pneumothorax" in grade:
         # Air collects at the top and the side; the lung falls back towards its hilum.
-        gap = np.clip(0.9 - 0.9 * (y - body["apex"]), 0, 1)
-        rim = at["cage"] - 1 + (0.30 + 0.35 * grade["Pneumothorax"]) * gap
+        gap = clip(0.9 - 0.9 * (y - body.apex), 0, 1)
+        rim = at.cage - 1 + (0.30 + 0.35 * grade["Pneumothorax"]) * gap
         air = lung * sides[1] * _ramp(rim, 0.05)
         regions["Pneumothorax"] = air > 0.5
-        edge = lung * sides[1] * _ramp(0.035 - np.abs(rim), 0.04)
+        edge = lung * sides[1] * _ramp(0.035 - abs(rim), 0.04)
         extra = extra + 0.28 * edge - 0.20 * air
 
     return lung, extra, 1 - air, regions
@@ -561,24 +547,24 @@ def _disease(rng, noise, body, x, y, at, grade, to_pixel):
 
 def _outline(x, y, body):
     """1 inside the outline of neck, shoulders and trunk."""
-    wall = body["width"] + 0.07 + body["fat"] + 0.2 * np.exp(-(((y + 0.5) / 0.28) ** 2))
-    shoulder = body["apex"] - 0.22 + 0.5 * np.maximum(np.abs(x) - 0.26, 0) ** 1.2
-    neck = _ramp(0.24 + 0.3 * body["fat"] - np.abs(x), 0.05)
-    return _ramp(wall - np.abs(x), 0.05) * np.maximum(_ramp(y - shoulder, 0.05), neck)
+    wall = body.width + 0.07 + body.fat + 0.2 * exp(-(((y + 0.5) / 0.28) ** 2))
+    shoulder = body.apex - 0.22 + 0.5 * maximum(abs(x) - 0.26, 0) ** 1.2
+    neck = _ramp(0.24 + 0.3 * body.fat - abs(x), 0.05)
+    return _ramp(wall - abs(x), 0.05) * maximum(_ramp(y - shoulder, 0.05), neck)
 
 
 def _expose(rng, noise, depth, place):
     """Uint8 image of an optical depth: scatter, photon noise, film curve, side marker."""
     size = len(depth)
-    primary = np.exp(-depth)
+    primary = exp(-depth)
     haze = _smooth(primary * (depth > 0.05), 0.25)  # air scatters nothing
-    signal = primary + rng.uniform(0.5, 1.5) * place["scatter"] * haze
-    grain = _texture(noise, size, 0.006, 0.1) * place["noise"] * rng.uniform(0.6, 1.4)
+    signal = primary + rng.uniform(0.5, 1.5) * place.scatter * haze
+    grain = _texture(noise, size, 0.006, 0.1) * place.noise * rng.uniform(0.6, 1.4)
     tilt = np.linspace(-1, 1, size, dtype=np.float32) * rng.normal(0, 0.08)
-    film = -np.log(signal) + grain * np.sqrt(np.minimum(0.3 / signal, 4)) + tilt
-    slope = place["slope"] * rng.uniform(0.85, 1.2)
-    dark = place["dark"] + rng.normal(0, 0.15)
-    image = 255 / (1 + np.exp(-slope * (film - dark)))
+    film = -np.log(signal) + grain * sqrt(np.minimum(0.3 / signal, 4)) + tilt
+    slope = place.slope * rng.uniform(0.85, 1.2)
+    dark = place.dark + rng.normal(0, 0.15)
+    image = 255 / (1 + exp(-slope * (film - dark)))
 
     # The letter L on the patient's left; `unit` is the width of its strokes.
     row, column = (rng.uniform((0.04, 0.84), (0.14, 0.93)) * size).astype(int)
@@ -600,14 +586,14 @@ def draw_phantom(seed, index, size=128, site="a"):
     place = PHANTOM_SITES[site]
     patient, body, severity, rng = phantom_case(seed, index, site)
     # A stream of its own for the grain: the rest is the same at every `size`.
-    noise = np.random.default_rng([seed, place["code"], 3, index])
+    noise = np.random.default_rng([seed, place.code, 3, index])
     grade = {name: 0.25 + 0.75 * s for name, s in severity.items() if s > 0}  # none is invisible
     x, y, to_pixel = _pose(rng, size)
     at = _anatomy(rng, body, x, y, grade.get("Cardiomegaly", 0))
-    tree = body["vessels"] * _vessels(rng, size, to_pixel)
+    tree = body.vessels * _vessels(rng, size, to_pixel)
     lung, extra, vessels, regions = _disease(rng, noise, body, x, y, at, grade, to_pixel)
-    depth = at["soft"] * (1 - 0.58 * lung) + at["solid"] + tree * vessels * (0.15 + lung) + extra
-    image = _expose(rng, noise, np.maximum(depth, 0) * _outline(x, y, body), place)
+    depth = at.soft * (1 - 0.58 * lung) + at.solid + tree * vessels * (0.15 + lung) + extra
+    image = _expose(rng, noise, maximum(depth, 0) * _outline(x, y, body), place)
 
     boxes = []
     for name in grade:
@@ -667,10 +653,11 @@ class Listing:
             found = files.find(name, kind)
             if len(found) == 1:
                 self.sources.append((row, files.take(found[0])))
+            elif found:
+                self.several[name] = f"several files: {found}"
+                lost.append(f"{name}, {self.several[name]}")
             else:
                 lost.append(name)
-            if len(found) > 1:
-                self.several[name] = f"several files: {found}"
         self.reject_others(files)
         self.refuse_missing(lost)
         return self
@@ -697,12 +684,17 @@ class Files:
     """The files below a folder, links included: name relative to it -> path."""
 
     def __init__(self, root):
-        self.paths, self.by_stem = {}, {}
+        self.paths, self.by_ending = {}, {}
         for path in sorted(list_files(root)):
             name = os.fsencode(Path(path).relative_to(root).as_posix())
             name = name.decode(errors="backslashreplace")
             self.paths[name] = path
-            self.by_stem.setdefault(plain(name).rpartition("/")[2], []).append(name)
+            ending = plain(name)
+            while ending:
+                self.by_ending.setdefault(ending, []).append(name)
+                if ending.startswith("masks/"):  # a mask is never an image
+                    break
+                ending = ending.partition("/")[2]
         self.spare = dict(self.paths)
 
     def find(self, name, kind=""):
@@ -713,11 +705,7 @@ class Files:
         for exact in (name, f"images/{name}"):
             if exact in self.paths:
                 return [exact]
-        wanted, found = plain(name), []
-        for file in self.by_stem.get(wanted.rpartition("/")[2], []):
-            mask = file.startswith("masks/") and not wanted.startswith("masks/")
-            if f"/{plain(file)}".endswith(f"/{wanted}") and not mask:
-                found.append(file)
+        found = self.by_ending.get(plain(name), [])
         return [file for file in found if file.lower().endswith(kind)] or found
 
     def take(self, name):
@@ -913,8 +901,7 @@ def prepare_picture(task, size):
         blank without a mask, none at all for a rejected picture.
     """
     row, source, mask = task
-    note, stage = {"row": row}, ""
-    shrunk = np.zeros((size, size), np.uint8)
+    note, stage, shrunk = {"row": row}, "", bytes(size * size)
     try:
         if isinstance(source, dict):
             drawn = draw_phantom(size=size, **source)
@@ -933,9 +920,9 @@ def prepare_picture(task, size):
             shrunk = resize_xray(np.uint8(255) * (mask > mask.max() / 2), size) // 128
     except ValueError as e:
         return {"row": row, "reason": stage + one_line(e)}, b"", b""
-    note["sha256"] = hashlib.sha256(picture.tobytes()).hexdigest()
+    note["sha256"] = hashlib.sha256(picture).hexdigest()
     note["height"], note["width"] = source.shape
-    return note, picture.tobytes(), shrunk.tobytes()
+    return note, bytes(picture), bytes(shrunk)
 
 
 def usable_cores():
@@ -946,11 +933,7 @@ def usable_cores():
 
 
 def _start_worker():
-    """Leaves Ctrl-C to the parent, ends with it even when it is killed, keeps freed memory."""
-    with contextlib.suppress(AttributeError, TypeError):  # without glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: a picture's pages stay, a fifth of its time
-        mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
+    """Leaves Ctrl-C to the parent, and ends with it even when it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
@@ -969,14 +952,13 @@ def _worker_pool(workers):
 
 def _in_batches(tasks, size, workers):
     """Lists of prepared pictures, in the order of the tasks, which are read one batch ahead."""
-    tasks, running = iter(tasks), []
-    with _worker_pool(workers) as pool:
-        run = map  # one worker is this process
+    running, run = [], map  # one worker is this process
+    with contextlib.ExitStack() as stack:
         if workers > 1:
+            pool = stack.enter_context(_worker_pool(workers))
             run = functools.partial(pool.map, chunksize=CHUNK)
         for batch in iter(lambda: list(itertools.islice(tasks, BATCH)), []):
-            finished = running
-            running = run(prepare_picture, batch, itertools.repeat(size))
+            finished, running = running, run(prepare_picture, batch, itertools.repeat(size))
             yield list(finished)
         yield list(running)
 
@@ -1008,9 +990,10 @@ def _prepare_pictures(listing, folder, names, plan, size, workers):
         except BlockingIOError:
             raise PrepError(f"{folder} is being written by another process; wait for it") from None
         notes = _resume(journal, arrays, plan, size)
-        done, masks = {note["row"] for note in notes}, listing.masks or None
-        rows = ((row, source) for row, source in listing.sources if row not in done)
-        tasks = ((row, source, masks and masks[row]) for row, source in rows)
+        done = {note["row"] for note in notes}
+        masks = dict(enumerate(listing.masks or ()))
+        todo = (pair for pair in listing.sources if pair[0] not in done)
+        tasks = ((row, source, masks.get(row)) for row, source in todo)
         bar = stack.enter_context(tqdm(total=total, initial=len(notes), disable=None))
         for batch in _in_batches(tasks, size, workers):
             for index, array in enumerate(arrays, 1):
@@ -1446,18 +1429,6 @@ def fetch(command, folder, size):
 # ================================================================================================
 # 7. Verify
 # ================================================================================================
-# Published counts: images, No Finding, then the findings in order; train + val and test where the
-# test set is official.
-KNOWN_COUNTS = {
-    "nih": "86524+25596 50500+9861 8280+3279 1707+1069 8659+4658 13782+6112 4034+1748 4708+1623 "
-    "876+555 2637+2665 2852+1815 1378+925 1423+1093 1251+435 2242+1143 141+86",
-    "rsna": "26684 20672 6012",
-    "siim": "12047 9378 2669",
-    "vinbig any": "15000 10606 3067 186 452 2300 353 386 613 1322 826 1134 1032 1981 96 1617",
-    "vinbig majority": "15000 - 2346 62 177 1817 121 152 245 547 405 362 634 882 58 1017",
-}
-
-
 def verify(folder):
     """Checks a prepared folder against its own hashes and counts, and prints what is in it.
 
@@ -1468,39 +1439,29 @@ def verify(folder):
     """
     folder, problems = Path(folder), []
     meta = json.loads((folder / "meta.json").read_text())
-    findings, options = meta["findings"], meta["options"]
-    labels = read_table(folder / "labels.csv", ["image", "patient", "split", *findings])
+    labels = read_table(folder / "labels.csv", ["image", "patient", "split", *meta["findings"]])
     hashes = read_table(folder / "hashes.csv", ["image", "sha256"])["sha256"].to_numpy()
     images, names, splits = np.load(folder / "images.npy", "r"), labels["image"], labels["split"]
     if {len(labels), len(hashes), len(images)} != {meta["images"]}:
         return [f"{len(labels)} rows, {len(images)} pictures; meta.json says {meta['images']}"]
     split_table(labels)  # refuses a patient in two splits
-    digests = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
+    digests = np.array([hashlib.sha256(image).hexdigest() for image in images])
     changed = names[hashes != digests].tolist()
     if changed or file_digest(folder / "images.npy") != meta["images_sha256"]:
         problems.append(f"images.npy is not what was prepared; changed pictures: {changed[:5]}")
-    if {s: n for s, n in meta["counts"].items() if n} != splits.value_counts().to_dict():
+    if any((splits == split).sum() != count for split, count in meta["counts"].items()):
         problems.append(f"labels.csv has other splits than meta.json: {meta['counts']}")
     for rows in labels.groupby(digests).indices.values():
-        same = ", ".join(f"{names[row]} ({splits[row]})" for row in rows)
         if len(rows) > 1:
+            same = ", ".join(f"{names[row]} ({splits[row]})" for row in rows)
             print(f"one picture under several names: {same}")
-        if splits[rows].nunique() > 1:
-            problems.append(f"one picture in two splits: {same}")
+            if splits[rows].nunique() > 1:
+                problems.append(f"one picture in two splits: {same}")
 
-    # Positives a finding and split, beside the published counts of the complete set, if any.
-    positive = labels[findings] == "1"
-    none = ~positive.drop(columns="No Finding", errors="ignore").any(axis=1)
-    positive.insert(0, "(all 0)", none)
+    positive = labels[meta["findings"]] == "1"
     positive.insert(0, "images", True)
     table = positive.groupby(splits).sum().reindex(SPLITS, fill_value=0).T
-    table["all"] = table.sum(axis=1)
-    known = KNOWN_COUNTS.get(
-        f"{options['command']} {options.get('readers', '')}".strip(), ""
-    ).split()
-    if len(known) == len(table):
-        table["known"] = known
-    print(table.to_string())
+    print(table.assign(all=table.sum(axis=1)).to_string())
     return problems
 
 

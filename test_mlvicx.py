@@ -19,12 +19,14 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
 import tokenize
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -2248,25 +2250,90 @@ def test_eight_bit_pictures_come_back_as_they_were_saved(tmp_path):
     assert np.array_equal(dp.read_xray(io.BytesIO((tmp_path / "a.png").read_bytes())), picture)
 
 
-def test_sixteen_bit_rgba_and_palette_pngs(tmp_path):
-    picture = phantom(1)
-    deep = picture.astype(np.uint16) * 200 + 3000
-    low, high = int(deep.min()), int(deep.max())
-    expected = np.floor((deep - low) * 255.0 / (high - low) + 0.5)
-    assert np.array_equal(dp.read_xray(save(deep, tmp_path / "deep.png")), expected)
-    rgba = np.dstack([picture, picture, picture, np.full_like(picture, 7)])
-    assert np.array_equal(dp.read_xray(save(rgba, tmp_path / "rgba.png")), picture)
-    palette = Image.fromarray(255 - picture)  # index -> the opposite gray
-    palette.putpalette([255 - k for k in range(256) for _ in range(3)])
-    palette.save(tmp_path / "palette.png")
-    assert Image.open(tmp_path / "palette.png").mode == "P"
-    assert np.array_equal(dp.read_xray(tmp_path / "palette.png"), picture)
-    colour = np.zeros((20, 30, 3), np.uint8)
-    colour[..., 1] = 200  # luminance of green: 0.587
-    assert np.unique(dp.read_xray(save(colour, tmp_path / "green.png"))).tolist() == [117]
-    bits = Image.fromarray(picture > 99)
-    bits.save(tmp_path / "bits.png")
-    assert np.array_equal(dp.read_xray(tmp_path / "bits.png"), (picture > 99) * np.uint8(255))
+def scene(rows=40, columns=56):
+    """A picture of every gray level, without symmetry."""
+    levels = np.arange(rows * columns) % 256
+    return np.random.default_rng(0).permutation(levels).reshape(rows, columns).astype(np.uint8)
+
+
+def save_png(path, samples, depth, kind, palette=b""):
+    """Writes (H, W, C) samples as a PNG of any depth and colour type, as its standard says."""
+    rows, columns, _ = samples.shape
+    flat = samples.reshape(rows, -1)
+    if depth < 8:
+        bits = flat[:, :, None] >> np.arange(depth)[::-1] & 1
+        lines = np.packbits(bits.reshape(rows, -1).astype(np.uint8), axis=1)
+    else:
+        lines = flat.astype(f">u{depth // 8}")
+    header = struct.pack(">IIBBBBB", columns, rows, depth, kind, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, chunk in ((b"IHDR", header), (b"PLTE", palette), (b"IDAT", body), (b"IEND", b"")):
+        if chunk or name == b"IEND":
+            data += struct.pack(">I", len(chunk)) + name + chunk
+            data += struct.pack(">I", zlib.crc32(name + chunk))
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "kind,depths",
+    [(0, (1, 2, 4, 8, 16)), (2, (8, 16)), (3, (1, 2, 4, 8)), (4, (8, 16)), (6, (8, 16))],
+)
+def test_every_depth_and_colour_type_of_png_gives_its_full_range(kind, depths, tmp_path):
+    for depth in depths:
+        top = 2 ** min(depth, 8) - 1
+        gray = scene().astype(int) * top // 255
+        samples = gray * 16 + 3 if depth == 16 else gray  # twelve bits in sixteen
+        samples = np.repeat(samples[..., None], {2: 3, 6: 3}.get(kind, 1), 2)
+        if kind in (4, 6):  # an alpha channel, which is ignored
+            noise = np.random.default_rng(1).integers(0, 2**depth, gray.shape)
+            samples = np.dstack([samples, noise])
+        palette = b""
+        if kind == 3:
+            samples = top - samples
+            palette = b"".join(bytes([k * 255 // top] * 3) for k in range(top, -1, -1))
+        save_png(tmp_path / "a.png", samples, depth, kind, palette)
+        read = dp.read_xray(tmp_path / "a.png")
+        assert read.dtype == np.uint8 and np.array_equal(read, gray * 255 // top), depth
+    if kind == 2:
+        for depth, level in ((8, 200), (16, 200 * 257)):
+            samples = np.zeros((20, 20, 3), int)
+            samples[0], samples[2:, :, 1] = 2**depth - 1, level
+            save_png(tmp_path / "a.png", samples, depth, kind)
+            # Luminance of green: 0.587.
+            assert np.unique(dp.read_xray(tmp_path / "a.png")).tolist() == [0, 117, 255]
+
+
+STORED = {  # EXIF orientation -> how a picture is stored that is to be shown as `a`
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.T,
+    6: lambda a: np.rot90(a),  # to be turned clockwise
+    7: lambda a: a[::-1, ::-1].T,
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_pictures_are_turned_as_their_exif_data_say(orientation, tmp_path):
+    exif, right = Image.Exif(), scene()
+    exif[0x112] = orientation
+    stored = STORED[orientation](right)
+    for name, pixels in (("a.png", stored), ("a.webp", stored), ("b.png", stored.astype("u2") * 9)):
+        options = {"lossless": True} if name == "a.webp" else {}
+        Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / name, exif=exif, **options)
+        assert np.array_equal(dp.read_xray(tmp_path / name), right), name
+    smooth = phantom(0)[:40]
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.ascontiguousarray(STORED[orientation](smooth))).save(path, exif=exif)
+    assert np.abs(dp.read_xray(path).astype(int) - smooth).mean() < 5
+    data = bytearray(path.read_bytes())  # damaged EXIF data do not cost the picture
+    at = data.index(b"Exif") + 6
+    data[at : at + 4] = b"????"
+    path.write_bytes(data)
+    assert dp.read_xray(path).shape == STORED[orientation](smooth).shape
 
 
 DEEP = [ending for ending in COMPRESSIONS if ending not in (".4.50", ".4.51")]  # more than 8 bits
@@ -2328,6 +2395,95 @@ def test_monochrome_1_and_2_of_one_picture_give_identical_bytes(bits, kind, tags
     one, two = dp.read_xray(one), dp.read_xray(two)
     assert np.array_equal(one, two)
     assert np.corrcoef(two.ravel(), pixels.ravel())[0, 1] > 0.9  # bright stays bright
+
+
+def scene_dicom(path, signed, photometric, window=False, fill=None, ending=".1", **tags):
+    """`scene` in 12 bits, away from their ends, as a DICOM file; its first rows hold `fill`."""
+    shift, levels = -2048 * signed, scene().astype(int)
+    if photometric == "MONOCHROME1":
+        levels = 255 - levels
+    pixels = levels * 10 + 100 + shift
+    if fill is not None:
+        pixels[:8] = fill
+    if window:  # of all the scene
+        tags = {"WindowCenter": 1375.5 + shift, "WindowWidth": 2551, **tags}
+    pixels = pixels.astype("<i2" if signed else "<u2")
+    return save_dicom(pixels, path, 12, ending, photometric, **tags)
+
+
+TAGS = {  # optional tag -> its values that show the same scene, and those that are refused by name
+    "RescaleSlope": (["", 1, 1e-6, 1e9], [0]),
+    "RescaleIntercept": (["", 0, -32768, 1e9], []),
+    "WindowCenter": (["", 0, 32767], []),
+    "WindowWidth": (["", 65535], [0, -1]),
+    "VOILUTFunction": (["", "LINEAR", "LINEAR_EXACT"], ["CUBIC"]),
+    "VOILUTSequence": ([[]], []),
+    "ModalityLUTSequence": ([[]], []),
+    "PixelPaddingValue": (["", 0, 2047], []),
+    "PixelPaddingRangeLimit": (["", 0, 2047], []),
+    "NumberOfFrames": (["", 0, 1], [2**31 - 1]),
+    "PresentationLUTShape": (["", "IDENTITY"], []),
+    "HighBit": ([11], []),
+    "PhotometricInterpretation": ([], ["", "PALETTE COLOR"]),
+    "BitsStored": ([16], [0, 17]),
+    "SamplesPerPixel": ([], [0, 2]),
+}
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("name", TAGS)
+def test_optional_tags_of_dicom_leave_the_scene_or_are_refused(name, signed, photometric, tmp_path):
+    import pydicom
+
+    path, (same, refused_values) = tmp_path / "a.dcm", TAGS[name]
+    tags, window = {}, name[:7] != "Rescale"
+    if name[:6] == "Window":  # so wide that its place does not matter
+        tags, window = {"WindowCenter": 100, "WindowWidth": 10**6}, False
+    for value in same:
+        for ending in ("", ".1"):
+            given = {**tags, name: value}
+            scene_dicom(path, signed, photometric, window, ending=ending, **given)
+            assert np.array_equal(dp.read_xray(path), scene()), (value, ending)
+    for value in refused_values:
+        ds = pydicom.dcmread(scene_dicom(path, signed, photometric, True))
+        setattr(ds, name, value)
+        ds.save_as(path)
+        with pytest.raises(ValueError, match="....."):
+            dp.read_xray(path)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("window", [False, True])
+def test_padding_of_dicom_is_black_and_the_rest_is_stretched_by_itself(
+    window, photometric, tmp_path
+):
+    import pydicom
+
+    path, right = tmp_path / "a.dcm", scene()
+    right[:8] = 0
+    for signed, fill, first, last in (
+        (False, 65535, 65535, ""),
+        (False, 65000, 65535, 60000),
+        (False, 65000, 60000, 65535),
+        (True, -32768, -32768, -32768),
+        (True, -2000, -2000, ""),
+    ):
+        tags = dict(PixelPaddingValue=first, PixelPaddingRangeLimit=last, BitsStored=16)
+        for ending in ("", ".1", ".4.70"):
+            scene_dicom(path, signed, photometric, window, fill, ending, **tags)
+            assert np.array_equal(dp.read_xray(path), right), (signed, fill, ending)
+    ds = pydicom.dcmread(path)
+    ds["PixelPaddingValue"] = pydicom.DataElement("PixelPaddingValue", "US", 2**16 - 2000)
+    ds.save_as(path)  # the signed value, written as an unsigned one
+    assert np.array_equal(dp.read_xray(path), right)
+    pixels = np.minimum(scene(), 250)
+    pixels[:8] = 255
+    save_dicom(pixels, path, PixelPaddingValue=255)
+    assert np.array_equal(dp.read_xray(path), np.where(pixels == 255, 0, pixels))
+    save_dicom(np.full_like(pixels, 255), path, PixelPaddingValue=255)
+    with pytest.raises(ValueError, match="every pixel is padding"):
+        dp.read_xray(path)
 
 
 def test_modality_then_voi_then_inversion_by_hand(tmp_path):
@@ -2456,8 +2612,6 @@ print(peak() - start)
 
 
 def test_bombs_are_refused_within_one_gigabyte(tmp_path):
-    import zlib
-
     files, head = [], save_dicom(phantom(0), tmp_path / "a.dcm").read_bytes()
     Image.new("1", (20_000, 20_000)).save(tmp_path / "large.png")
     Image.new("L", (20_000, 20_000)).save(tmp_path / "large.jpg")
