@@ -1477,11 +1477,10 @@ COMMANDS = dict(
     siim=list_siim,
     vinbig=list_vinbig,
 )
-WORKERS = min(8, usable_cores())
 OPTIONS = {
     "out": dict(type=Path, help="folder to make (default: data/NAME)"),
     "size": dict(type=int, help="edge S in pixels (256; demo 128; chestmnist its own)"),
-    "workers": dict(type=int, default=WORKERS, help="processes (default: one a core, at most 8)"),
+    "workers": dict(type=int, help="processes (default: one a core, at most 8)"),
     "overwrite": dict(action="store_true", help="start anew, replace what --out holds"),
     "raw": dict(help="folder of the raw files, or ChestMNIST's .npz; never written to"),
     "csv": dict(help="table in --raw or elsewhere: image, [patient], [split], [mask], findings"),
@@ -1517,6 +1516,7 @@ def parse(argv):
             options.append("download")
         for option in options:
             sub.add_argument(f"--{option.replace('_', '-')}", **OPTIONS[option])
+        sub.set_defaults(workers=min(8, usable_cores()))
         sub.set_defaults(size={"demo": 128, "chestmnist": None}.get(name, 256))
     sub = commands.add_parser("verify", help="hashes, counts, splits and duplicates")
     sub.add_argument("folder", help="prepared folder")
@@ -1563,14 +1563,15 @@ def main(argv=None):
         args = parse(argv)
         if args.command == "verify":
             problems = verify(args.folder)
-            require(not problems, f"{args.folder}: {problems[:1]} ({len(problems)} problem(s))")
+            if problems:
+                raise PrepError(f"{args.folder}: {problems[0]} ({len(problems)} problem(s))")
         else:
             prepare(**vars(args))
     except (ValueError, OSError, BrokenExecutor) as e:
         print(f"error: {one_line(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes from here", file=sys.stderr)
         return 130
     return 0
 
