@@ -176,12 +176,17 @@ def _deep_colour(image, data):
     return np.rint(colour[..., :3] @ LUMINANCE).astype(np.int32)
 
 
-def _stretch(pixels, show=np.float64, keep=False, invert=False):
-    """(H, W) integers -> uint8: `show`, stretch to 0..255 (not if `keep`), perhaps invert."""
+def _stretch(pixels, ds=None):
+    """(H, W) integers -> uint8, from the darkest to the brightest; `ds`: the DICOM they are of."""
     low = int(pixels.min())
     levels = np.arange(low, int(pixels.max()) + 1)  # the work is done on a table of these
-    values = show(levels).astype(np.float64)
-    if not (keep and np.allclose(values, levels)):  # 8 bits that `show` leaves alone
+    values, keep, invert = levels.astype(np.float64), False, False
+    if ds is not None:
+        values = _display(levels, ds).astype(np.float64)
+        plain_bytes = ds.BitsStored == 8 and not ds.PixelRepresentation
+        keep = plain_bytes and np.allclose(values, levels)
+        invert = ds.PhotometricInterpretation == "MONOCHROME1"
+    if not keep:
         values = (values - values.min()) * (255 / (np.ptp(values) or 1))
     if invert:
         values = 255 - values
@@ -210,19 +215,16 @@ def _read_dicom(data):
     if pixels.ndim == 3:
         return np.array(Image.fromarray(pixels).convert("L"))
 
-    keep = ds.BitsStored == 8 and not ds.PixelRepresentation
-    invert = ds.PhotometricInterpretation == "MONOCHROME1"
     first = _number(ds, "PixelPaddingValue")
     if first is None:
-        return _stretch(pixels, lambda levels: _display(levels, ds), keep, invert)
+        return _stretch(pixels, ds)
 
     # Pixels that are no picture. Through 64 bits: files write 65535 for -1, and the reverse.
     last = _number(ds, "PixelPaddingRangeLimit", first)
     ends = np.array([first, last]).astype(np.int64).astype(pixels.dtype)
     padding = (pixels >= ends.min()) & (pixels <= ends.max())
     require(not padding.all(), "every pixel is padding")
-    pixels = np.where(padding, pixels[~padding].min(), pixels)
-    gray = _stretch(pixels, lambda levels: _display(levels, ds), keep, invert)
+    gray = _stretch(np.where(padding, pixels[~padding].min(), pixels), ds)
     gray[padding] = 0
     return gray
 
@@ -995,7 +997,8 @@ def _prepare_pictures(listing, folder, names, plan, size, workers):
         todo = (pair for pair in listing.sources if pair[0] not in done)
         tasks = ((row, source, masks.get(row)) for row, source in todo)
         bar = stack.enter_context(tqdm(total=total, initial=len(notes), disable=None))
-        for batch in _in_batches(tasks, size, workers):
+        batches = contextlib.closing(_in_batches(tasks, size, workers))
+        for batch in stack.enter_context(batches):
             for index, array in enumerate(arrays, 1):
                 array.write(b"".join(prepared[index] for prepared in batch))
                 array.flush()
@@ -1020,7 +1023,7 @@ def write_prepared(listing, out, options, size=None, workers=1):
     Raises: PrepError.
     """
     out, folder, size = Path(out), Path(f"{out}.partial"), size or listing.size
-    named = f"the table names {listing.table['image'][0]!r}, the files {listing.rejected[:1]}"
+    named = f"the table names {listing.table['image'][:1].tolist()}, a file {listing.rejected[:1]}"
     require(listing.sources != [], f"none of {len(listing.table)} images has a file: {named}")
     listed = repr((listing.table.to_csv(), listing.masks or None)).encode()
     plan = dict(options, list=hashlib.sha256(listed).hexdigest())
@@ -1127,7 +1130,7 @@ def list_demo(site="a", count=4000, seed=0):
     return Listing(table, findings, masks=masks, sources=enumerate(sources), extra=extra)
 
 
-def list_folder(raw, csv=None, findings=None, uncertain="blank"):
+def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
     """Any folder of X-rays with a table: `image`, optional `patient`, `split`, `mask`, findings.
 
     Args:
@@ -1165,7 +1168,7 @@ def list_folder(raw, csv=None, findings=None, uncertain="blank"):
     return Listing(table, columns, lists, masks=masks, boxes=boxes).attach(files)
 
 
-def list_nih(raw, allow_missing=False):
+def list_nih(raw=None, allow_missing=False):
     """NIH ChestX-ray14, folders or archives, which are streamed, not unpacked.
 
     Args:
@@ -1227,7 +1230,7 @@ def _read_archives(archives, names, rejected):
                     rejected.append((member.name, reason))
 
 
-def list_chestmnist(raw):
+def list_chestmnist(raw=None):
     """ChestMNIST, NIH images at 28 to 224 px; --raw is the .npz.
 
     Args: raw: the .npz file as published.
@@ -1259,7 +1262,7 @@ def _read_npz(npz):
                     yield np.frombuffer(f.read(math.prod(shape)), np.uint8).reshape(shape)
 
 
-def list_rsna(raw, patients=None, allow_missing=False):
+def list_rsna(raw=None, patients=None, allow_missing=False):
     """RSNA pneumonia 2018, boxes: `stage_2_train_labels.csv`, `stage_2_train_images/*.dcm`.
 
     These are NIH's pictures, several of one patient, under other names: a split by image is not one
@@ -1278,7 +1281,7 @@ def list_rsna(raw, patients=None, allow_missing=False):
     return listing.attach(Files(raw), ".dcm")
 
 
-def list_siim(raw, patients=None, allow_missing=False):
+def list_siim(raw=None, patients=None, allow_missing=False):
     """SIIM-ACR pneumothorax 2019, masks: table of RLE, a row a region, and DICOMs at any depth.
 
     NIH's pictures, too: `patients` is as in `list_rsna`.
@@ -1331,7 +1334,7 @@ def vinbig_labels(csv, boxes_csv=None, readers="majority"):
     return table, boxes[kept]
 
 
-def list_vinbig(raw, readers="majority", allow_missing=False):
+def list_vinbig(raw=None, readers="majority", allow_missing=False):
     """VinBigData / VinDr-CXR: Kaggle's `train.csv`, `train/*.dicom`, or PhysioNet's folders.
 
     Args: as for `vinbig_labels` and `list_nih`.
@@ -1477,23 +1480,24 @@ COMMANDS = dict(
     siim=list_siim,
     vinbig=list_vinbig,
 )
-OPTIONS = {
-    "out": dict(type=Path, help="folder to make (default: data/NAME)"),
-    "size": dict(type=int, help="edge S in pixels (256; demo 128; chestmnist its own)"),
-    "workers": dict(type=int, help="processes (default: one a core, at most 8)"),
-    "overwrite": dict(action="store_true", help="start anew, replace what --out holds"),
-    "raw": dict(help="folder of the raw files, or ChestMNIST's .npz; never written to"),
-    "csv": dict(help="table in --raw or elsewhere: image, [patient], [split], [mask], findings"),
-    "findings": dict(help="A,B: its columns that are findings (default: all others)"),
-    "uncertain": dict(choices=("blank", "0", "1"), default="blank", help="what -1 is (blank)"),
-    "patients": dict(help="table image,patient: split by patient (default: by image)"),
-    "allow_missing": dict(action="store_true", help="list missing images, do not refuse"),
-    "download": dict(action="store_true", help="fetch the files to downloads/ beside --out"),
-    "readers": dict(choices=("majority", "any"), default="majority", help="(default: majority)"),
-    "site": dict(choices=("a", "b"), default="a", help="hospital (default: a)"),
-    "count": dict(type=int, default=4000, help="images (default: 4000)"),
-    "seed": dict(type=int, default=0, help="(default: 0)"),
+HELP = {
+    "out": "folder to make (default: data/NAME)",
+    "size": "edge S in pixels (default: 256; demo 128; chestmnist its own)",
+    "workers": "processes (default: one a core, at most 8)",
+    "overwrite": "start anew, replace what --out holds",
+    "raw": "folder of the raw files, or ChestMNIST's .npz; never written to",
+    "csv": "table in --raw or elsewhere: image, [patient], [split], [mask], findings",
+    "findings": "A,B: the columns of the table that are findings (default: all others)",
+    "uncertain": "what the label -1 becomes (default: blank)",
+    "patients": "table image,patient: split by patient (default: by image)",
+    "allow_missing": "list missing images, do not refuse",
+    "download": "fetch the files to downloads/ beside --out",
+    "readers": "who must have seen a finding (default: majority)",
+    "site": "hospital (default: a)",
+    "count": "images (default: 4000)",
+    "seed": "(default: 0)",
 }
+CHOICES = {"uncertain": ("blank", "0", "1"), "readers": ("majority", "any"), "site": ("a", "b")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1505,19 +1509,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Command line -> namespace."""
+    """Command line -> namespace; the options of a command are the arguments of its importer."""
     parser = Parser(prog="python data_prep.py", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, importer in COMMANDS.items():
         text = importer.__doc__.partition("\n")[0]
         sub = commands.add_parser(name, help=text, description=text)
-        options = ["out", "size", "workers", "overwrite", *inspect.signature(importer).parameters]
+        size = {"demo": 128, "chestmnist": None}.get(name, 256)
+        defaults = dict(out=None, size=size, workers=min(8, usable_cores()), overwrite=False)
+        for option, parameter in inspect.signature(importer).parameters.items():
+            defaults[option] = parameter.default
         if name in ("nih", "chestmnist"):
-            options.append("download")
-        for option in options:
-            sub.add_argument(f"--{option.replace('_', '-')}", **OPTIONS[option])
-        sub.set_defaults(workers=min(8, usable_cores()))
-        sub.set_defaults(size={"demo": 128, "chestmnist": None}.get(name, 256))
+            defaults["download"] = False
+        for option, default in defaults.items():
+            flag, about = f"--{option.replace('_', '-')}", dict(default=default, help=HELP[option])
+            if default is False:
+                sub.add_argument(flag, action="store_true", **about)
+            elif option in ("size", "workers", "count", "seed"):
+                sub.add_argument(flag, type=int, **about)
+            else:
+                sub.add_argument(flag, choices=CHOICES.get(option), **about)
     sub = commands.add_parser("verify", help="hashes, counts, splits and duplicates")
     sub.add_argument("folder", help="prepared folder")
     return parser.parse_args(argv)
@@ -1531,7 +1542,8 @@ def prepare(command, out, size, workers, overwrite, download=False, **given):
             name = Path(given["raw"]).name
         if given.get("site") == "b":
             name += "-b"
-        out = Path("data", name)
+        out = f"data/{name}"
+    out = Path(out)
     sound = MIN_SIDE <= (size or 256) <= 4096 and min(workers, given.get("count", 1)) >= 1
     require(sound, "expected --size from 16 to 4096, --workers and --count from 1")
     options = dict(given, command=command, size=size)

@@ -3365,6 +3365,7 @@ def test_files_are_found_by_content_and_every_one_is_listed(tmp_path):
     write(raw / "labels.csv", "image,F", "a,1", "h,0", "i,1", "1.2.840.10008,0")
     prep("folder", "--raw", raw, "--csv", "labels.csv", *args, "--overwrite")
     assert listed(raw, tmp_path / "out")[0] == ["a", "h", "i", "1.2.840.10008"]
+    os.remove(raw / "labels.csv")
     header = "patientId,x,y,width,height,Target"
     write(raw / "stage_2_train_labels.csv", header, "h,,,,,0", "1.2.840.10008,,,,,0")
     prep("rsna", "--raw", raw, *args, "--overwrite")
@@ -3430,7 +3431,7 @@ def test_names_in_another_form_are_found_where_they_mean_one_file(tmp_path, caps
     assert "two images of the table are one file, images/a.png" in line
     write(raw / "labels.csv", "image,F", "q1,1", "q2,0")
     line = prep_refused(capsys, "folder", "--raw", raw, "--csv", "labels.csv", *args, "--overwrite")
-    assert "none of 2 images has a file: the table names 'q1', the files" in line
+    assert "none of 2 images has a file: the table names ['q1'], a file" in line
     assert "images/a.png" in line
 
 
