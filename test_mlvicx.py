@@ -2804,14 +2804,14 @@ def test_prevalence_and_images_a_patient_are_as_stated():
     for site, place in dp.PHANTOM_SITES.items():
         cases = [dp.phantom_case(5, k, site) for k in range(4000)]
         rates = np.mean([[v > 0 for v in severity.values()] for _, _, severity, _ in cases], axis=0)
-        assert np.abs(rates - place["prevalence"]).max() < 0.03
+        assert np.abs(rates - place.prevalence).max() < 0.03
         patients = [patient for patient, *_ in cases]
         sizes = pd.Series(patients).value_counts()
         assert sizes.between(1, 5).all() and abs(sizes.mean() - 2.5) < 0.1
         runs = [name for name, _ in itertools.groupby(patients)]
         assert len(runs) == len(set(runs))  # consecutive
-        bodies = {patient: body["heart"] for patient, body, *_ in cases}
-        assert all(body["heart"] == bodies[patient] for patient, body, *_ in cases)
+        bodies = {patient: body.heart for patient, body, *_ in cases}
+        assert all(body.heart == bodies[patient] for patient, body, *_ in cases)
 
 
 def test_demo_is_split_by_patient_and_its_second_run_does_nothing(tmp_path, monkeypatch, capsys):
