@@ -238,7 +238,8 @@ def _check_pixel_data(ds, syntax):
     known = depth in ((1, 8), (1, 16), (3, 8)) and int(_number(ds, "NumberOfFrames", 1)) <= 1
     require(known, f"DICOM of several frames, or of (samples, bits) = {depth}")
     gray = ds.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
-    require(gray == (depth[0] == 1), f"{ds.PhotometricInterpretation} of {depth[0]} samples")
+    colours = f"PhotometricInterpretation {ds.PhotometricInterpretation!r}"
+    require(gray == (depth[0] == 1), f"{colours} of {depth[0]} samples")
     size, stream = math.prod(header + depth) // 8, ds.PixelData
     if not ds["PixelData"].is_undefined_length:  # not compressed
         require(len(stream) >= size, f"{len(stream)} bytes of pixels, the header says {size}")
@@ -616,11 +617,8 @@ BY_IMAGE = {"train": 0.7, "val": 0.15, "test": 0.15}
 CARVED = {"val": 0.1, "train": 0.9}
 EDGES = ["x", "y", "width", "height"]
 BOX = ["image", "finding", *EDGES]  # x, y is the upper left corner
-# Endings that a table may leave out, and endings of files that are clearly no pictures.
+# Endings that a table may leave out.
 PICTURES = re.compile(r"\.(png|jpe?g|jfif|bmp|webp|tiff?|dcm|dicom)(\.gz)?$", re.IGNORECASE)
-OTHERS = re.compile(
-    r"\.(csv|txt|md|json|xml|html?|pdf|xlsx?|npz|zip|tgz|tar(\.gz)?)$", re.IGNORECASE
-)
 
 
 @dataclass
@@ -641,7 +639,6 @@ class Listing:
     sources: object = ()  # pairs of row and file, stream, (H, W) uint8 or draw_phantom's arguments
     size: int = 256  # S, unless another is asked for
     extra: dict = field(default_factory=dict)  # for meta.json
-    several: dict = field(default_factory=dict)  # image that more than one file may be -> reason
 
     def __post_init__(self):
         self.table, self.rule = split_table(self.table)
@@ -656,8 +653,8 @@ class Listing:
             if len(found) == 1:
                 self.sources.append((row, files.take(found[0])))
             elif found:
-                self.several[name] = f"several files: {found}"
-                lost.append(f"{name}, {self.several[name]}")
+                self.rejected.append((name, f"several files: {found}"))
+                lost.append(f"{name}, several files: {found}")
             else:
                 lost.append(name)
         self.reject_others(files)
@@ -665,15 +662,11 @@ class Listing:
         return self
 
     def reject_others(self, files):
-        """Rejects the files that nothing has taken; counts those that are clearly no pictures."""
-        others, lists = [], [os.path.abspath(path) for path in self.lists]
+        """Rejects the files that are neither an image, a mask nor a label file."""
+        lists = [os.path.abspath(path) for path in self.lists]
         for name, path in files.spare.items():
-            if not OTHERS.search(name):
+            if os.path.abspath(path) not in lists:
                 self.rejected.append((name, "no row in the table"))
-            elif os.path.abspath(path) not in lists:
-                others.append(name)
-        if others:
-            self.rejected.append((f"{len(others)} other files", f"no pictures; first {others[0]}"))
 
     def refuse_missing(self, names):
         """The one line for images that have no file."""
@@ -1067,7 +1060,8 @@ def _tables(listing, notes, size):
     for note in notes:
         if "reason" in note:
             rejected.append((image[note["row"]], note["reason"]))
-    rejected += [(name, listing.several.get(name, "file not found")) for name in missing]
+    several = dict(rejected)
+    rejected += [(name, "file not found") for name in missing if name not in several]
     good = [note for note in notes if "reason" not in note]
     require(good, f"none of {len(image)} images could be read; first: {rejected[:1]}")
 
@@ -1141,7 +1135,7 @@ def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
     Returns: `Listing`. Rows without a file inside `raw`, and files without a row, are rejected.
     """
     files, lists, boxes = Files(raw), [], None
-    names = [n for n in files.paths if not n.startswith("masks/") and not OTHERS.search(n)]
+    names = [name for name in files.paths if not name.startswith("masks/")]
     require(names, f"looked for X-rays in {raw}: found 0 X-rays")
     table = pd.DataFrame({"image": names})
     if csv:
@@ -1328,8 +1322,9 @@ def vinbig_labels(csv, boxes_csv=None, readers="majority"):
     present = share > 0
     if readers == "majority":
         present = share > 0.5
-    kept = present.stack()
-    kept = pd.MultiIndex.from_frame(boxes[["image", "finding"]]).isin(kept.index[kept])
+    seen = present.stack()
+    seen = set(seen.index[seen])
+    kept = [pair in seen for pair in zip(boxes["image"], boxes["finding"], strict=True)]
     table = present.astype(int).rename_axis(index="image", columns=None).reset_index()
     return table, boxes[kept]
 

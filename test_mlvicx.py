@@ -3287,10 +3287,8 @@ def test_folder_without_a_table_takes_every_image(tmp_path):
     prep("folder", "--raw", raw, "--out", tmp_path / "out", "--size", 32)
     _, labels, rejected, meta = prepared(tmp_path / "out")
     assert len(labels) == 40 and meta["findings"] == []
-    assert rejected == {
-        "masks/i000.png": "no row in the table",
-        "1 other files": "no pictures; first labels.csv",
-    }
+    assert rejected["masks/i000.png"] == "no row in the table"
+    assert rejected["labels.csv"].startswith("not a PNG") and len(rejected) == 2
     assert labels["image"][0] == "images/i000.png" and set(labels["split"]) == {*dp.SPLITS}
 
 
@@ -3316,16 +3314,13 @@ def test_folder_names_what_it_left_out_and_refuses_what_conflicts(tmp_path, caps
     assert not (tmp_path / "two").exists() and not (tmp_path / "two.partial").exists()
 
 
-def listed(raw, out):
-    """Every file below a raw folder must be an image, or rejected by name or in the count."""
+def listed(raw, out, table):
+    """Images and rejected files of a prepared folder, which must be all that are below `raw`."""
     labels = pd.read_csv(out / "labels.csv", dtype=str, keep_default_na=False)
     rejected = pd.read_csv(out / "rejected.csv", dtype=str).set_index("image")["reason"]
-    others = [name for name in rejected.index if name.endswith(" other files")]
-    counted = int(others[0].split()[0]) if others else 0
-    files = [name for name in dp.Files(raw).paths if not name.endswith("labels.csv")]
-    named = set(rejected.index) | set(labels["image"])
-    unnamed = [n for n in files if not {n, n.removeprefix("images/"), n.partition(".")[0]} & named]
-    assert len(unnamed) == counted, unnamed
+    named = {*rejected.index, *labels["image"], table}
+    lost = [name for name in dp.Files(raw).paths if not {name, name.partition(".")[0]} & named]
+    assert not lost
     return labels["image"].tolist(), rejected.to_dict()
 
 
@@ -3351,18 +3346,18 @@ def test_files_are_found_by_content_and_every_one_is_listed(tmp_path):
         (raw / "a.png").read_bytes()
     )
     prep("folder", "--raw", raw, *args)
-    images, rejected = listed(raw, tmp_path / "out")
-    assert images == sorted([*good, "M\\xfcller.png"]) and set(bad) < set(rejected)
-    assert rejected["2 other files"] == "no pictures; first notes.txt"
+    images, rejected = listed(raw, tmp_path / "out", None)
+    assert images == sorted([*good, "M\\xfcller.png"])
+    assert set(rejected) == {*bad, "broken.png", "notes.txt", "sub/more.pdf"}
     # The same with a table, and as the folder of another data set.
     write(raw / "labels.csv", "image,F", "a,1", "h,0", "i,1", "1.2.840.10008,0")
     prep("folder", "--raw", raw, "--csv", "labels.csv", *args, "--overwrite")
-    assert listed(raw, tmp_path / "out")[0] == ["a", "h", "i", "1.2.840.10008"]
-    os.remove(raw / "labels.csv")
+    assert listed(raw, tmp_path / "out", "labels.csv")[0] == ["a", "h", "i", "1.2.840.10008"]
     header = "patientId,x,y,width,height,Target"
     write(raw / "stage_2_train_labels.csv", header, "h,,,,,0", "1.2.840.10008,,,,,0")
     prep("rsna", "--raw", raw, *args, "--overwrite")
-    assert listed(raw, tmp_path / "out")[0] == ["h", "1.2.840.10008"]
+    images, _ = listed(raw, tmp_path / "out", "stage_2_train_labels.csv")
+    assert images == ["h", "1.2.840.10008"]
 
 
 def test_linked_folders_are_followed_but_not_in_a_circle(tmp_path):
@@ -3770,7 +3765,7 @@ def test_rsna_is_one_row_an_image_with_its_boxes_and_its_own_split(tmp_path):
     assert labels["image"].tolist() == [f"id-{k:03d}" for k in range(30)]
     assert rejected == {
         "stage_2_test_images/id-900.dcm": "no row in the table",
-        "1 other files": "no pictures; first stage_2_detailed_class_info.csv",
+        "stage_2_detailed_class_info.csv": "no row in the table",
     }
     assert labels["Pneumonia"].tolist() == [int(k % 3 == 0) for k in range(30)]
     assert labels["split"].tolist() == [dp.hash_split(i, dp.BY_IMAGE) for i in labels["image"]]
