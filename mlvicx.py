@@ -57,7 +57,6 @@ except ImportError:  # Windows has no flock: there, two processes on one run fol
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LEVELS = (1, 2, 3, 4, 5)
-XRAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 
 
 class UserError(ValueError):
@@ -2392,7 +2391,7 @@ def predict_files(config):
 
     Args: config: PredictConfig. A file that cannot be read is named and left out.
     """
-    from data_prep import read_xray, resize_xray
+    from data_prep import list_files, read_xray, resize_xray
 
     device, _, _ = setup(config.device)
     model, state = load_module(config.weights, "classifier")
@@ -2401,8 +2400,7 @@ def predict_files(config):
     require(config.overwrite or not out.exists(), f"{out} exists; give another --out")
     for path in map(Path, config.files):
         require(path.exists(), f"looked for X-rays at {path}: there is nothing")
-        inside = [p for p in path.rglob("*") if p.suffix.lower() in XRAY_SUFFIXES]
-        paths.extend(sorted(inside) or [path])
+        paths.extend(sorted(list_files(path)) if path.is_dir() else [path])
 
     table = {}
     for path in tqdm(paths, disable=None):
@@ -2413,7 +2411,7 @@ def predict_files(config):
             continue
         logits = predict(model, image[None], torch.tensor([0]), state["size"])
         table[str(path)] = logits[0].sigmoid().tolist()
-    require(table, f"none of {len(paths)} files could be read; {' '.join(XRAY_SUFFIXES)} can")
+    require(table, f"none of {len(paths)} files could be read; PNG, JPEG and DICOM can")
     frame = pd.DataFrame.from_dict(table, "index", columns=state["findings"])
     with replacing(out) as f:
         frame.to_csv(f, index_label="image", errors="surrogateescape")
@@ -2444,12 +2442,13 @@ def closing_table(config, folder):
     names = ("data_root", "size", "seed", "device", "amp", "backbone", "context", "attention")
     given = dict(select(config, *names), overwrite=True)
     for data in open_sets(config.data, config.data_root):
-        if not data.findings or set(data.split) != {"train", "val", "test"}:
-            continue
-        for name, weights in (("random", "random"), ("learned", f"{folder}/encoder.pt")):
-            out = f"{folder}/probe-{data.folder.name}-{name}"
-            given.update(data=str(data.folder), weights=weights, out=out)
-            classify(make_config("classify", ClassifyConfig, given))
+        try:
+            for name, weights in (("random", "random"), ("learned", f"{folder}/encoder.pt")):
+                out = f"{folder}/probe-{data.folder.name}-{name}"
+                given.update(data=str(data.folder), weights=weights, out=out)
+                classify(make_config("classify", ClassifyConfig, given))
+        except UserError as e:  # a set without labels, say
+            print(f"no linear probe: {e}")
 
 
 COMMANDS = {
