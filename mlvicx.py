@@ -2111,7 +2111,7 @@ def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
         # Keep the weights of the best epoch.
         value = score(predict(model, images, val, size, amp), targets[val])
         stale += 1
-        if value > best:
+        if best_state is None or value > best:
             best, stale = value, 0
             best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if stale >= config.patience:
@@ -2225,11 +2225,10 @@ def write_results(folder, task, config, data, tests):
 
     table = pd.DataFrame()
     for fraction, test in tests.items():
-        found = dict(test)
+        found = test
         if task == "classify":
             found = {"mean AUROC": test["mean_auroc"]}
-        for name, values in test.get("per_finding", {}).items():
-            found[name] = values["auroc"]
+            found.update({name: row["auroc"] for name, row in test["per_finding"].items()})
         for name, value in found.items():
             text = "undefined"
             if value["mean"] is not None:

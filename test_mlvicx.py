@@ -1492,6 +1492,56 @@ def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path):
     assert worst["plain"] > 1e-3  # the control: a gather without gradient is wrong
 
 
+DDP_STEP = """
+import sys, torch, torch.distributed as dist
+import mlvicx as m
+rank, path = int(sys.argv[1]), sys.argv[2]
+device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = m.MLVICX(embedding_dim=8).double().to(device)
+views = torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)[:, 4 * rank : 4 * rank + 4].to(device)
+called, optimizer = m.for_training(model, device, 2), m.LARS(model.parameters())
+scaler = torch.amp.GradScaler(device.type, enabled=False)
+log = m.train_step(called, optimizer, scaler, *views, 0.1)
+torch.save({"loss": log["loss"].cpu(), "weights": list(model.cpu().parameters())}, f"{path}/{rank}")
+dist.destroy_process_group()
+"""
+
+
+class Halves(torch.nn.Module):
+    """What two processes compute on a CPU: each has the statistics of its part of the batch."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, view1, view2):
+        parts = [self.model(*half) for half in zip(view1.chunk(2), view2.chunk(2), strict=True)]
+        joined = [torch.cat(z) for pairs in zip(*parts, strict=True) for z in zip(*pairs)]
+        return joined[:2], joined[2:]
+
+
+def test_a_training_step_of_two_processes_is_that_of_one(tmp_path):
+    """On a CPU with BatchNorm per process; on CUDA with SyncBatchNorm, as one process has it."""
+    calls = [[sys.executable, "-c", DDP_STEP, str(rank), str(tmp_path)] for rank in (0, 1)]
+    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen(call, env=env, stderr=subprocess.PIPE) for call in calls]
+    assert all(p.wait(120) == 0 for p in running), running[0].stderr.read()
+    torch.manual_seed(0)
+    model = m.MLVICX(embedding_dim=8).double()
+    before = [p.detach().clone() for p in model.parameters()]
+    views = torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)
+    called = model if torch.cuda.is_available() else Halves(model)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    log = m.train_step(called, m.LARS(model.parameters()), scaler, *views, 0.1)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / str(rank), weights_only=True)
+        assert relative(found["loss"], log["loss"]) < 1e-10
+        for a, b, start in zip(found["weights"], model.parameters(), before, strict=True):
+            assert (a - b).norm() <= 1e-6 * (b - start).norm() + 1e-12
+
+
 def test_torchrun_trains_with_two_processes(place):
     call = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     call += ["--master-port", "29611", str(HERE / "mlvicx.py"), "pretrain", "--data", "toy", *SMALL]
@@ -1985,6 +2035,7 @@ def test_predict_gives_the_models_probabilities_of_every_kind_of_file(place, cap
     picture = np.asarray(Image.open(raw / "i01.png"))
     Image.fromarray(picture).save(new / "b.jpg", quality=100)
     save_dicom(picture, new / "c.dcm")
+    shutil.copy(new / "c.dcm", new / "e")  # found by what it holds
     (new / "d.png").write_bytes((raw / "i02.png").read_bytes()[:200])
     capsys.readouterr()
     args = ["predict", "new", "--weights", "runs/mine/classifier.pt"]
@@ -1992,7 +2043,7 @@ def test_predict_gives_the_models_probabilities_of_every_kind_of_file(place, cap
     assert "d.png" in capsys.readouterr().err
     found = pd.read_csv("scores.csv", index_col="image")["F"]
     found.index = found.index.str.removeprefix("new/")
-    assert list(found.index) == ["a.png", "b.jpg", "c.dcm"]
+    assert list(found.index) == ["a.png", "b.jpg", "c.dcm", "e"] and found["e"] == found["c.dcm"]
     data, state = m.PreparedData("mine"), m.load_checkpoint("runs/mine/classifier.pt")
     model = m.Classifier(m.Encoder(**state["arch"]), 1)
     model.load_state_dict(state["classifier"])
@@ -2009,6 +2060,32 @@ def test_predict_gives_the_models_probabilities_of_every_kind_of_file(place, cap
     again = pd.read_csv("scores.csv", index_col="image", encoding_errors="surrogateescape")["F"]
     assert dict(again) == {odd: found["a.png"], "new/c.dcm": found["c.dcm"]}
     assert "absent.png" in refused(capsys, "predict", "absent.png", *args[2:])
+
+
+@pytest.mark.parametrize("mode", ["frozen", "finetune"])
+def test_a_finding_that_training_shows_in_one_class_is_undefined(trained, monkeypatch, mode):
+    monkeypatch.chdir(trained)
+    if not Path("data/rare").exists():
+        shutil.copytree("data/toy", "data/rare")
+        table = pd.read_csv("data/rare/labels.csv")
+        table.loc[table["split"] == "train", "A"] = 0
+        table.to_csv("data/rare/labels.csv", index=False)
+    args = ("--data", "rare", "--mode", mode, "--epochs", "1", "--out", f"runs/rare-{mode}")
+    test = evaluate("classify", *args)["test"]
+    assert test["per_finding"]["A"]["auroc"]["mean"] is None
+    assert test["per_finding"]["A"]["average_precision"] is None
+    assert test["defined_findings"] == 1
+    assert test["mean_auroc"]["mean"] == test["per_finding"]["B"]["auroc"]["mean"]
+
+
+def test_validation_images_of_one_class_cannot_choose(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    shutil.copytree("data/toy", "data/single")
+    table = pd.read_csv("data/single/labels.csv")
+    table.loc[table["split"] == "val", ["A", "B"]] = 1
+    table.to_csv("data/single/labels.csv", index=False)
+    args = ("classify", "--data", "single", "--size", 32, "--out", "runs/single")
+    assert "both classes in the validation images" in refused(capsys, *args)
 
 
 def test_segment_without_masks_is_refused(trained, monkeypatch, capsys):
