@@ -1138,7 +1138,7 @@ def test_control_c_saves_at_the_step_and_says_how_to_go_on(place, number):
         time.sleep(0.05)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "where the command resumes" in out
+    assert process.returncode == 130 and "the same command resumes there" in out
     step = int(re.search(r"stopped at step (\d+)", out).group(1))
     assert m.load_checkpoint("runs/c/last.pt")["step"] == step
 
