@@ -23,6 +23,7 @@ N images in a set, S side of the stored images, F findings. "split" is train, va
 import argparse
 import contextlib
 import ctypes
+import functools
 import hashlib
 import inspect
 import json
@@ -35,7 +36,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -43,11 +44,9 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 try:
@@ -58,7 +57,6 @@ except ImportError:  # Windows has no flock: there, two processes on one run fol
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LEVELS = (1, 2, 3, 4, 5)
-XRAY_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 
 
 class UserError(ValueError):
@@ -130,7 +128,8 @@ class PretrainConfig(RunConfig):
     identical_views: bool = False  # give both branches the same view
     knn_every: int = 5  # epochs between k-NN evaluations on validation labels; 0: never
     checkpoint_minutes: float = 10.0  # minutes between checkpoints, beside those at stops
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile the blocks: faster steps on CUDA, after a minute
+    graph: bool = True  # on one CUDA GPU, replay the training step as a CUDA graph
     deterministic: bool = False  # bit-exact resume on CUDA too, at some cost in speed
 
 
@@ -258,11 +257,12 @@ class ChannelAttention(nn.Module):
         self.expand = nn.Conv2d(channels // 2, channels, 1, bias=False)
 
     def forward(self, x):
-        # Same as x.mean((2, 3)) and x.amax((2, 3)), whose backward passes are slower.
+        # Same as x.mean((2, 3)) and x.amax((2, 3)), whose backward passes are slower, or share the
+        # gradient between equal maxima. The pool is fast on a CPU alone.
         positions = x.shape[2] * x.shape[3]
         average = x.sum((2, 3)) / positions  # (B, C, H, W) -> (B, C)
-        if torch.are_deterministic_algorithms_enabled():  # the pool is not, on CUDA
-            largest = x.flatten(2).max(2).values
+        if x.is_cuda:
+            largest = x.permute(0, 2, 3, 1).flatten(1, 2).max(1).values
         else:
             largest = F.adaptive_max_pool2d(x, 1).flatten(1)
 
@@ -361,11 +361,10 @@ class Encoder(nn.Module):
             if level > 1:
                 x = getattr(self, f"layer{level - 1}")(x)
 
-            # Its context-bottleneck, whose inner results are computed again in the backward pass.
+            # Its context-bottleneck.
             refined = x
             if str(level) in self.context:
-                block = self.context[str(level)]
-                refined = recompute(block, x, use_reentrant=False, preserve_rng_state=False)
+                refined = self.context[str(level)](x)
             refined_maps.append(refined)
             if self.arch["context"] == "inline":
                 x = refined  # the next stage sees the refined map
@@ -439,14 +438,22 @@ def aggregate_literal(maps, convs):
     return F.adaptive_avg_pool2d(total, 4)
 
 
-def pool_matrix(side, like):
-    """(4, side) matrix of one axis: bilinear resize from `side` to 64, then pooling to 4.
+@functools.cache
+@torch.inference_mode(False)
+def pool_matrix(height, width, dtype, device):
+    """(16, H W): the weight of every pixel of a map in every cell of the 4 x 4 grid.
 
-    Resizing and pooling are linear: applied to the unit vectors, they give their own matrix.
+    Along one axis, resizing to 64 and pooling to 4 are linear: applied to the unit vectors, they
+    give their own matrix (4, side). The weights of both axes are multiplied.
     """
-    unit_vectors = torch.eye(side, dtype=like.dtype, device=like.device)
-    resized = F.interpolate(unit_vectors[None], size=64, mode="linear", align_corners=False)
-    return F.adaptive_avg_pool1d(resized, 4)[0].T  # (1, side, 64) -> (1, side, 4) -> (4, side)
+    axes = []
+    for side in (height, width):
+        unit_vectors = torch.eye(side, dtype=torch.float64)[None]  # (1, side, side)
+        resized = F.interpolate(unit_vectors, size=64, mode="linear", align_corners=False)
+        axes.append(F.adaptive_avg_pool1d(resized, 4)[0].T)  # (1, side, 64) -> (4, side)
+    rows, columns = axes
+    weights = rows[:, None, :, None] * columns[:, None]  # (4, 1, H, 1) * (4, 1, W)
+    return weights.reshape(16, -1).to(device, dtype)  # (4, 4, H, W) -> (16, H W)
 
 
 def aggregate(maps, convs):
@@ -459,11 +466,9 @@ def aggregate(maps, convs):
     # Deviation: maps are pooled before their convolutions; same value and gradients, less work.
     total = 0
     for x, conv in zip(maps, convs, strict=True):
-        rows, columns = pool_matrix(x.shape[2], x), pool_matrix(x.shape[3], x)  # (4, H), (4, W)
-        # The weight of every pixel (H x W) in every cell of the grid (4 x 4).
-        weights = torch.kron(rows, columns).expand(len(x), -1, -1)  # (B, 16, H W)
+        weights = pool_matrix(*x.shape[2:], x.dtype, x.device)  # (16, H W)
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, C_k, H, W) -> (B, H W, C_k)
-        pooled = torch.bmm(weights, pixels)  # (B, 16, C_k)
+        pooled = torch.bmm(weights.expand(len(x), -1, -1), pixels)  # (B, 16, C_k)
         # A 1x1 convolution is a linear layer on the channels.
         total = total + F.linear(pooled, conv.weight.flatten(1), conv.bias)  # (B, 16, C)
     return total.transpose(1, 2).unflatten(2, (4, 4))  # (B, C, 4, 4)
@@ -656,48 +661,80 @@ def mlvicx_loss(z_global, z_local=None, local_weight=1.0, **coefficients):
     return total, log
 
 
+class GatherLayer(torch.autograd.Function):
+    """The tensors of all processes, joined; the gradient of each is summed over the processes."""
+
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(z):
     """All processes' embeddings in rank order, with gradient: (B / N, D) -> (B, D).
 
     Call it on every embedding before the loss when several processes share a batch: variance and
     covariance are statistics of the whole batch, and without this each process has another loss.
     The backward pass sums N equal gradients, and DDP's average over the processes divides by N.
-    With one process it returns z. Source: VICReg's code (FullGatherLayer).
+    With one process it returns z. Needs: GatherLayer. Source: VICReg's code (FullGatherLayer).
     """
     if not dist.is_initialized():
         return z
-    return torch.cat(dist.nn.functional.all_gather(z))
+    return GatherLayer.apply(z.contiguous())
 
 
 # ---------------------------------------------------------------- 8. optimiser and schedule
 
 
-class LARS(torch.optim.SGD):
+class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, layer by layer, to the norm of the weights.
 
-    Args: params: parameters; those of one dimension get neither weight decay nor adaptation.
-        lr, weight_decay, momentum, trust: as in the paper.
+    Args: params: parameters, or groups of them; those of one dimension get neither weight decay
+        nor adaptation. lr: a number, or a tensor. weight_decay, momentum, trust: as in the paper.
     Source: arXiv:1708.03888; authors' code (momentum 0.9, trust 0.001, weight decay 1e-6).
     """
 
     def __init__(self, params, lr=0.2, weight_decay=1e-6, momentum=0.9, trust=0.001):
-        super().__init__(params, lr=lr, momentum=momentum, foreach=True)
-        self.weight_decay, self.trust = weight_decay, trust
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust}
+        super().__init__(params, defaults)
+
+    def step(self, closure=None):
+        """One update from the gradients, which it changes. Returns: what the closure returns."""
+        loss = closure() if closure else None
+        for group in self.param_groups:
+            self.update(group)
+        return loss
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update from the gradients, which it changes; `_foreach` works on lists of tensors."""
-        everything = [p for group in self.param_groups for p in group["params"]]
-        layers = [p for p in everything if p.ndim > 1 and p.grad is not None]
+    def update(self, group):
+        """The update of one group; `_foreach` operations work on lists of tensors at once."""
+        params = [p for p in group["params"] if p.grad is not None]
+        layers = [p for p in params if p.ndim > 1]
         if layers:
             grads = [p.grad for p in layers]
-            torch._foreach_add_(grads, layers, alpha=self.weight_decay)  # weight decay
+            torch._foreach_add_(grads, layers, alpha=group["weight_decay"])  # weight decay
             p_norm = torch.stack(torch._foreach_norm(layers))
             g_norm = torch.stack(torch._foreach_norm(grads))
-            usable = (p_norm > 0) & (g_norm > 0)
-            ratio = torch.where(usable, self.trust * p_norm / g_norm, 1.0)
+            ratio = group["trust"] * p_norm / g_norm
+            ratio = ratio.masked_fill(p_norm * g_norm == 0, 1.0)
             torch._foreach_mul_(grads, list(ratio.unbind()))  # adaptation
-        super().step()
+
+        momenta = []
+        for p in params:
+            if p not in self.state:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta.append(self.state[p]["momentum_buffer"])
+        if params:
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, [p.grad for p in params])
+            torch._foreach_sub_(params, torch._foreach_mul(momenta, group["lr"]))
 
 
 def cosine_schedule(step, total, warmup, base, floor=0.001):
@@ -746,16 +783,18 @@ class PreparedData:
             self._read()
         except (ValueError, KeyError, OSError) as e:
             known = sorted(path.parent.name for path in Path(root).glob("*/meta.json"))
-            text = f"{self.folder} is missing or not prepared data ({e}); prepared under {root}: "
-            raise UserError(f"{text}{known}; next: python data_prep.py --help") from e
+            text = f"{self.folder} is missing or not prepared data ({e}); prepared: {known}"
+            raise UserError(f"{text}; next: python data_prep.py --help") from e
 
     def _read(self):
         self.meta = json.loads((self.folder / "meta.json").read_text())
         self.findings = list(self.meta["findings"])
         self.origin = self.meta.get("options", {}).get("command", self.meta["name"])
-        text = {"image": str, "patient": str}  # and no other mark of a missing value than a blank
         table = pd.read_csv(
-            self.folder / "labels.csv", dtype=text, keep_default_na=False, na_values=[""]
+            self.folder / "labels.csv",
+            dtype={"image": str, "patient": str},
+            keep_default_na=False,  # a patient may be called NA ...
+            na_values=[""],  # ... and what is unknown is blank
         )
         self.labels = torch.from_numpy(table[self.findings].to_numpy(np.float32, copy=True))
         self.names, self.patient, self.split = table[["image", "patient", "split"]].to_numpy().T
@@ -765,9 +804,8 @@ class PreparedData:
             self.masks = self._map("masks.npy")
             self.has_mask = table["has_mask"].to_numpy() == 1
 
-        counts = {len(self.images), len(table), self.meta["images"]}
-        if len(counts) > 1 or len(table) == 0:
-            raise ValueError(f"images, rows and meta.json count {sorted(counts)}")
+        if not 0 < len(table) == len(self.images) == self.meta["images"]:
+            raise ValueError(f"{len(self.images)} images, {len(table)} rows of labels.csv")
         splits = table.groupby("patient", dropna=False)["split"].nunique()
         if splits.max() > 1:
             raise ValueError(f"patient {splits.idxmax()} is in two splits")
@@ -798,14 +836,13 @@ def gather_images(sets, rows):
 def prefetch(load, items):
     """Yields load(item) for every item; a thread is always one item ahead of the caller."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
+        waiting = []
         for item in items:
-            started = pool.submit(load, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = started
-        if waiting is not None:
-            yield waiting.result()
+            waiting.append(pool.submit(load, item))
+            if len(waiting) == 2:
+                yield waiting.pop(0).result()
+        for last in waiting:
+            yield last.result()
 
 
 def resize_matrix(start, length, source, size, flip=None):
@@ -857,9 +894,8 @@ def resize_images(images, size):
 
 def normalise(x):
     """Gray (B, H, W) in [0, 1] -> (B, 3, H, W) with ImageNet's mean and standard deviation."""
-    mean = x.new_tensor(IMAGENET_MEAN)
-    std = x.new_tensor(IMAGENET_STD)
-    x = (x[..., None] - mean) / std  # (B, H, W) -> (B, H, W, 3)
+    channels = [(x - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    x = torch.stack(channels, -1)  # (B, H, W, 3)
     return x.permute(0, 3, 1, 2)  # channels-last memory, as the encoder takes it
 
 
@@ -954,16 +990,11 @@ class RandomViews:
             params = {name: value[:1].expand(2, -1) for name, value in params.items()}
         return params
 
-    def render(self, images, params):
+    def render(self, images, p):
         """One view: (B, S, S) images and (B,) parameters -> (B, size, size) in [0, 1]."""
-        # Read on the CPU, where the parameters are: asking the GPU would wait for it.
-        rotated = bool(params["angle"].any())
-        blurred = params["blurred"].nonzero()[:, 0]  # images to be blurred
-        p = {name: v.to(images.device, non_blocking=True) for name, v in params.items()}
-
         # Geometry.
         x, source = images.float() / 255, images.shape[-1]
-        if rotated:
+        if self.rotation > 0:
             x = rotate(x, p["angle"])
         rows = resize_matrix(p["top"], p["height"], source, self.size)
         columns = resize_matrix(p["left"], p["width"], source, self.size, p["flip"])
@@ -973,26 +1004,27 @@ class RandomViews:
         first = p["brightness_first"][:, None, None]
         brightness = p["brightness"][:, None, None]
         contrast = p["contrast"][:, None, None]
-        x = x.mul_(torch.where(first, brightness, 1.0)).clamp_(0, 1)
+        x = x.mul_(brightness.masked_fill(~first, 1)).clamp_(0, 1)
         mean = x.mean((1, 2), keepdim=True)
         x = torch.addcmul((1 - contrast) * mean, x, contrast).clamp_(0, 1)
-        x = x.mul_(torch.where(first, 1.0, brightness)).clamp_(0, 1)
+        x = x.mul_(brightness.masked_fill(first, 1)).clamp_(0, 1)
 
         # Blur, then solarize: bright pixels are inverted.
-        if len(blurred):
-            blurred = blurred.to(x.device, non_blocking=True)
-            blur = blur_matrix(p["sigma"][blurred], self.size)
-            x[blurred] = blur @ x[blurred] @ blur.mT
+        if self.blur > 0:
+            sigma = p["sigma"].masked_fill(~p["blurred"], 0.01)  # so small that nothing is blurred
+            blur = blur_matrix(sigma, self.size)
+            x = blur @ x @ blur.mT
         bright = p["solarized"][:, None, None] & (x >= 128 / 255)
         return torch.where(bright, 1 - x, x)
 
     def __call__(self, images, generator=None, params=None):
         if params is None:
             params = self.draw(len(images), images.shape[-1], generator)
-        params1 = {name: value[0] for name, value in params.items()}
-        params2 = {name: value[1] for name, value in params.items()}
-        view1 = normalise(self.render(images, params1))
-        view2 = normalise(self.render(images, params2))
+        on_device = {}
+        for name, value in params.items():  # those of view 1, then those of view 2
+            on_device[name] = value.to(images.device, non_blocking=True).flatten()  # (2 B,)
+        views = self.render(images.repeat(2, 1, 1), on_device)  # (2 B, size, size)
+        view1, view2 = normalise(views).chunk(2)
         return view1, view2
 
 
@@ -1065,6 +1097,41 @@ def load_checkpoint(path):
     except Exception as e:  # whatever a damaged or hostile archive makes the readers raise
         reason = str(e).partition("\n")[0]
         raise UserError(f"{path} is damaged, or not written by this program: {reason}") from e
+
+
+def save_training(folder, parts, state):
+    """Writes last.pt of a pre-training; the one before stays as previous.pt.
+
+    Args: parts: model, optimiser and scaler by name. state: steps taken, rows of metrics.csv, and
+        what the steps of this epoch have logged.
+    """
+    saved = {name: part.state_dict() for name, part in parts.items()}
+    save_checkpoint(folder / "last.pt", folder / "previous.pt", **saved, **state)
+
+
+def resume(folder, parts):
+    """Puts the newest whole checkpoint of a run folder, if there is one, into the parts.
+
+    Returns: the state, see `save_training`.
+    Raises: UserError if all checkpoints are damaged, or of an earlier version.
+    """
+    problems = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            found = load_checkpoint(path)
+        except UserError as e:
+            problems.append(str(e))
+            continue
+        text = f"{path} is of an earlier version of this program; --overwrite starts again"
+        require(found.get("format") == CHECKPOINT_FORMAT, text)
+        for name, part in parts.items():
+            part.load_state_dict(found[name])
+        print(f"{folder}: resumes at step {found['step']} of {path.name}", *problems)
+        return {name: found[name] for name in ("step", "history", "logs")}
+    require(not problems, f"{problems}; give --overwrite to start again")
+    return {"step": 0, "history": [], "logs": []}
 
 
 def provenance():
@@ -1147,11 +1214,11 @@ def setup(name="auto", deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = False
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    several = dist.is_torchelastic_launched()  # by torchrun
-    if several and name == "cuda":
-        name = "cuda:" + os.environ["LOCAL_RANK"]
+    if name == "cuda":
+        name = "cuda:" + os.environ.get("LOCAL_RANK", "0")  # torchrun: a GPU for each process
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -1159,7 +1226,7 @@ def setup(name="auto", deterministic=False):
         raise UserError(f"--device {name} does not exist here; use --device cpu") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not several:
+    if not dist.is_torchelastic_launched():  # by torchrun
         return device, 0, 1
     if not dist.is_initialized():
         dist.init_process_group({"cuda": "nccl"}.get(device.type, "gloo"))
@@ -1220,7 +1287,8 @@ def auroc(scores, labels, weights=None):
     Ties count half. Scores 1, 2, 3 with labels 0, 1, 0: the positive case is above one of the two
     negative ones, so the area is 0.5.
     Args:
-        scores: (n,) array. labels: (n,) array of 0, 1, NaN (unknown, left out).
+        scores: (n,) array, NaN where there is none. labels: (n,) array of 0, 1, NaN (unknown).
+            Cases with a NaN are left out.
         weights: (n,) or (R, n) array, how often each case counts.
     Returns: a number, or R of them; NaN if one class is missing.
     """
@@ -1228,7 +1296,7 @@ def auroc(scores, labels, weights=None):
     if weights is None:
         weights = np.ones(len(labels))
     order = np.argsort(scores)
-    order = order[np.isfinite(labels[order])]
+    order = order[np.isfinite(labels[order] + scores[order])]
     scores, labels, weights = scores[order], labels[order], weights[..., order]
 
     # Positive and negative cases at each distinct score, in ascending order.
@@ -1257,13 +1325,13 @@ def finding_aurocs(scores, labels, weights=None):
 
 @torch.no_grad()
 def predict(model, images, rows, size, amp="auto", batch_size=128):
-    """Output of a model in eval mode for whole images, on the CPU in float32.
+    """Output of a model in eval mode, in which it stays, for whole images; on the CPU in float32.
 
     Args: images: uint8 (N, S, S). rows: (n,) int64 rows of it. size: side the network sees.
     Returns: (n, ...); of an Encoder its representation (n, C5).
     Raises: UserError if one of them is not finite.
     """
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     model.eval()
     outputs = []
     for batch in prefetch(lambda chosen: images[chosen], rows.split(batch_size)):
@@ -1273,7 +1341,6 @@ def predict(model, images, rows, size, amp="auto", batch_size=128):
         if isinstance(y, tuple):
             y = y[0]  # an Encoder returns h and its maps
         outputs.append(y.float().cpu())
-    model.train(training)
     outputs = torch.cat(outputs)
     text = "the outputs of the model are not finite; lower --lr or use --amp off"
     require(outputs.isfinite().all(), text)
@@ -1289,14 +1356,16 @@ def knn_scores(train, labels, test, k=20):
 
 
 def knn_auroc(encoder, data, size, amp="auto", seed=0):
-    """Mean k-NN AUROC on the validation labels of a dataset, from at most 2,000 training images."""
-    train, val = data.indices("train"), data.indices("val")
-    if not data.findings or not len(val) or not len(train):
-        return math.nan
-    train = train[torch.randperm(len(train), generator=generator(seed, "knn"))[:2000]]
-    x_train = predict(encoder, data.images, train, size, amp)
-    x_val = predict(encoder, data.images, val, size, amp)
-    return finding_aurocs(knn_scores(x_train, data.labels[train], x_val), data.labels[val])[0]
+    """Mean k-NN AUROC on validation labels, from at most 2,000 images of either split."""
+    features, labels = [], []
+    for split in ("train", "val"):
+        rows = data.indices(split)
+        if not data.findings or not len(rows):
+            return math.nan
+        rows = rows[torch.randperm(len(rows), generator=generator(seed, "knn"))[:2000]]
+        features.append(predict(encoder, data.images, rows, size, amp))
+        labels.append(data.labels[rows])
+    return finding_aurocs(knn_scores(features[0], labels[0], features[1]), labels[1])[0]
 
 
 def effective_rank(z):
@@ -1305,7 +1374,8 @@ def effective_rank(z):
     Source: RankMe (arXiv:2210.02885).
     """
     zc = _centred(z.double())
-    singular = torch.linalg.svdvals(zc)
+    # The squares of the singular values are the eigenvalues of a (B, B) matrix, found faster.
+    singular = torch.linalg.eigvalsh(zc @ zc.T).clamp(min=0).sqrt()
     if singular.sum() <= 1e-6 * math.sqrt(zc.numel()):
         return 0.0
     p = singular / singular.sum()
@@ -1313,10 +1383,13 @@ def effective_rank(z):
 
 
 def collapse_warning(row):
-    """The line that says which embedding has collapsed, from a row of metrics.csv; or None."""
+    """The line that says which embedding has collapsed, from a row of metrics.csv; or None.
+
+    Before step 50, the running statistics of BatchNorm are too young to say so.
+    """
     for head in ("global", "local"):
         std, rank = row.get(f"std_{head}", 1.0), row.get(f"rank_{head}", math.inf)
-        if std < 0.01 or rank < 2:
+        if row.get("step", 50) >= 50 and (std < 0.01 or rank < 2):
             found = f"the {head} embedding has collapsed (std {std:.3g}, effective rank {rank:.3g})"
             return f"warning: {found}: raise --std-coeff, lower --lr or weaken the views"
     return None
@@ -1351,13 +1424,11 @@ def pretraining_rows(sets, exclude_ids="", include_val=False):
         validation images too.
     Returns: two int64 tensors; the second in random order.
     """
-    names = np.concatenate([data.names for data in sets])
     split = np.concatenate([data.split for data in sets])
-    train = split == "train"
-    if include_val:
-        train = np.isin(split, ("train", "val"))
+    train = np.isin(split, ("train", "val")) if include_val else split == "train"
     if exclude_ids:
         lines = Path(exclude_ids).read_text().splitlines()
+        names = np.concatenate([data.names for data in sets])
         banned = np.isin(names, [line.strip() for line in lines])
         expected = f"{exclude_ids}: expected names of labels.csv, one a line; found {lines[:1]}"
         require(banned.any(), f"{expected}, and no line that names an image")
@@ -1378,32 +1449,32 @@ def choose_batch_size(wanted, images, device, world=1):
     return wanted
 
 
-class BatchLoader:
-    """Loads the batch of any step: its images, and the parameters of its views.
+def load_batches(steps, sets, rows, views, config, device, rank=0, world=1):
+    """Yields the batches of some steps: number of the step, images, parameters of their views.
 
     The order of an epoch depends on (seed, epoch) alone, the views on (seed, step): a run that was
-    stopped resumes with the batches that it would have had.
+    stopped resumes with the batches that it would have had. A thread loads one batch ahead.
     Args: rows: of the images to train on. rank, world: this process, and how many share a batch.
+    Yields: step, images (B / world, S, S) uint8, dict of (2, B / world) parameters.
     """
+    batch_size, seed = config.batch_size, config.seed
 
-    def __init__(self, sets, rows, batch_size, views, seed, rank=0, world=1):
-        self.sets, self.rows, self.batch_size, self.views = sets, rows, batch_size, views
-        self.seed, self.rank, self.world = seed, rank, world
+    def load(step):
+        epoch, step_in_epoch = divmod(step, len(rows) // batch_size)
+        order = torch.randperm(len(rows), generator=generator(seed, "order", epoch))
+        batch = rows[order].split(batch_size)[step_in_epoch]
+        params = views.draw(batch_size, sets[0].size, generator(seed, "views", step))
 
-    def load(self, step):
-        """Returns: step, images (B / world, S, S) uint8, view parameters (2, B / world)."""
-        epoch, step_in_epoch = divmod(step, len(self.rows) // self.batch_size)
-        order = torch.randperm(len(self.rows), generator=generator(self.seed, "order", epoch))
-        start = step_in_epoch * self.batch_size
-        batch = self.rows[order[start : start + self.batch_size]]
-        source = self.sets[0].size
-        params = self.views.draw(len(batch), source, generator(self.seed, "views", step))
+        mine = torch.arange(batch_size).chunk(world)[rank]  # the part of this process
+        images = gather_images(sets, batch[mine])
+        params = {name: value[:, mine] for name, value in params.items()}
+        if device.type == "cuda":  # pinned memory is copied while the GPU computes
+            torch.cuda.set_device(device)  # of this thread
+            images = images.pin_memory()
+            params = {name: value.pin_memory() for name, value in params.items()}
+        return step, images, params
 
-        mine = torch.arange(len(batch)).chunk(self.world)[self.rank]  # the part of this process
-        images = gather_images(self.sets, batch[mine])
-        if torch.cuda.is_available():
-            images = images.pin_memory()  # so that copying it does not hold up the next step
-        return step, images, {name: value[:, mine] for name, value in params.items()}
+    return prefetch(load, steps)
 
 
 def imagenet_state(backbone):
@@ -1429,15 +1500,13 @@ def build_model(config):
     return model
 
 
-def for_training(model, device, world=1, compile=False):
-    """The model as the training step calls it: compiled, and in step with other processes."""
-    if world > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if compile:
-        model = torch.compile(model)
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(model)
-    return model
+def build_parts(config, device):
+    """Model, optimiser and scaler of a pre-training, by name."""
+    model = build_model(config).to(device, memory_format=torch.channels_last)
+    optimizer = LARS(model.parameters(), **select(config, "weight_decay", "trust"))
+    enabled = resolve_amp(device, config.amp) == "fp16"
+    scaler = torch.amp.GradScaler(device.type, enabled=enabled)
+    return {"model": model, "optimizer": optimizer, "scaler": scaler}
 
 
 # ---- training
@@ -1451,7 +1520,7 @@ def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_wei
     """One update of the weights from two views of a batch.
 
     Args: model: MLVICX, perhaps wrapped. view1, view2: (B, 3, H, W). lr: learning rate of this
-        step. loss_weights: of `mlvicx_loss`.
+        step, a number or a tensor. loss_weights: of `mlvicx_loss`.
     Returns: what is logged: a dict of scalar tensors on the device.
     """
     # Forward pass: embeddings of both views, from all processes.
@@ -1468,7 +1537,6 @@ def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_wei
     scaler.unscale_(optimizer)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     log["grad_norm"] = torch.stack(torch._foreach_norm(grads)).norm()
-    log["lr"] = torch.full_like(loss, lr)
 
     # Update.
     for group in optimizer.param_groups:
@@ -1478,74 +1546,123 @@ def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_wei
     return log
 
 
-class TrainingState:
-    """All that a pre-training changes, so that it can be saved, and resumed with the same bits."""
+class GraphedStep:
+    """A training step as a CUDA graph: recorded once, then replayed with other inputs.
 
-    def __init__(self, model, optimizer, scaler):
-        self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        self.fp16 = scaler.is_enabled()
-        self.step = 0  # steps taken
-        self.history = []  # a row of metrics.csv for every epoch
-        self.logs = []  # what each step of this epoch has logged, as numbers
-        self.pending = []  # the same of the last few steps, still on the device
-        self.first_step, self.started = 0, time.monotonic()
+    A step launches thousands of kernels, for which Python needs longer than the GPU does; a replay
+    is one launch. The first steps run as they are. The replay must then change the weights as a
+    step does; if not, a line says so, and the steps go on as they are.
+    Args: step: function (images, params, lr) -> dict of scalar tensors. model, optimizer: what the
+        step changes.
+    """
 
-    def seconds_per_step(self):
-        """Wall time of a step since the run was started or resumed."""
-        return (time.monotonic() - self.started) / (self.step - self.first_step)
+    WARM_UP = 3  # steps, in which cuDNN chooses its algorithms and the optimiser makes its state
+    TOLERANCE = 0.01  # of the norm of the change of all weights, momenta and statistics
 
-    def read(self):
-        """Reads what is pending, which waits for the device.
+    def __init__(self, step, model, optimizer):
+        self.step, self.model, self.optimizer = step, model, optimizer
+        self.taken, self.inputs, self.graph = 0, None, None
 
-        Raises: UserError naming step and part of a number that is not finite.
-        """
-        first = self.step - len(self.pending)
-        for step, log in enumerate(self.pending, first):
-            values = torch.stack([value.float() for value in log.values()]).tolist()
-            row = dict(zip(log, values, strict=True))
-            for name, value in row.items():
-                skipped = self.fp16 and name == "grad_norm"  # by the scaler, where it is infinite
-                valid = skipped or math.isfinite(value)
-                require(valid, f"step {step}: {name} is {value}; {STOPPED}")
-            self.logs.append(row)
-        self.pending = []
+    def __call__(self, images, params, lr):
+        # A graph reads its inputs where they were when it was recorded: they are copied there.
+        if self.inputs is None:
+            device = next(self.model.parameters()).device
+            static = {name: torch.empty_like(v, device=device) for name, v in params.items()}
+            static_images = torch.empty_like(images, device=device)
+            self.inputs = (static_images, static, torch.zeros((), device=device))
+        static_images, static_params, static_lr = self.inputs
+        static_images.copy_(images, non_blocking=True)
+        for name, value in params.items():
+            static_params[name].copy_(value, non_blocking=True)
+        static_lr.fill_(lr)
 
-    def means(self):
-        """Means over the steps of the epoch that ends, and a new epoch."""
-        self.read()
-        logs, self.logs = pd.DataFrame(self.logs), []
-        return logs.replace(math.inf, math.nan).mean().to_dict()
+        if self.taken == self.WARM_UP:
+            self.record()
+        self.taken += 1
+        if self.graph is None:
+            return self.step(*self.inputs)
+        self.graph.replay()
+        return dict(zip(self.log, torch.stack(list(self.log.values())), strict=True))
 
-    def save(self, folder):
-        """Writes last.pt; the one before stays as previous.pt."""
-        self.read()
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state.update(step=self.step, history=self.history, logs=self.logs)
-        save_checkpoint(folder / "last.pt", folder / "previous.pt", **state)
+    @torch.no_grad()
+    def record(self):
+        """Records a step, and compares its replay with a step from the same weights."""
+        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *momenta]
+        before = [tensor.clone() for tensor in tensors]
+        graph = torch.cuda.CUDAGraph()
+        with torch.enable_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.log = self.step(*self.inputs)
 
-    def restore(self, folder):
-        """Resumes from the newest whole checkpoint of a run folder, if there is any.
+        changes = []
+        for run in (graph.replay, torch.enable_grad()(lambda: self.step(*self.inputs))):
+            run()
+            change = [(a - b).flatten().float() for a, b in zip(tensors, before, strict=True)]
+            changes.append(torch.cat(change))
+            torch._foreach_copy_(tensors, before)
+        replayed, expected = changes
+        error = float((replayed - expected).norm() / expected.norm())
+        if error < self.TOLERANCE:
+            self.graph = graph
+        else:
+            print(f"the CUDA graph differs from a step by {error:.2g}: it is not used")
 
-        Raises: UserError if all checkpoints are damaged, or of an earlier version.
-        """
-        problems = []
-        for path in (folder / "last.pt", folder / "previous.pt"):
-            if not path.exists():
-                continue
-            try:
-                state = load_checkpoint(path)
-            except UserError as e:
-                problems.append(str(e))
-                continue
-            text = f"{path} is of an earlier version of this program; --overwrite starts again"
-            require(state.get("format") == CHECKPOINT_FORMAT, text)
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            self.step, self.history, self.logs = state["step"], state["history"], state["logs"]
-            self.first_step = self.step
-            print(f"{folder}: resumes at step {self.step} of {path.name}", *problems)
-            return
-        require(not problems, "; ".join(problems) + "; give --overwrite to start again")
+
+def for_training(model, device, world=1, compile=False):
+    """The model as the training step calls it: compiled, and in step with other processes.
+
+    SyncBatchNorm replaces BatchNorm in the model, if it is on several GPUs.
+    """
+    if compile:  # the blocks, whose passes over the maps are then few
+        for block in model.encoder.context.values():
+            block.compile(dynamic=False)
+    if world == 1:
+        return model
+    synchronised = device.type == "cuda"
+    if synchronised:  # on a CPU, every process has the statistics of its own part of the batch
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(
+        model, broadcast_buffers=not synchronised, gradient_as_bucket_view=True
+    )
+
+
+def prepare_step(config, parts, views, device, world=1):
+    """The training step of a run: a function of images, view parameters and learning rate.
+
+    It works in step with the other processes, on compiled blocks and as a CUDA graph, where the
+    configuration and the device say so.
+    Args: parts: of `build_parts`.
+    """
+    model, optimizer, scaler = parts.values()
+    amp, weights = resolve_amp(device, config.amp), select(config, *LOSS_WEIGHTS)
+    parallel_model = for_training(model, device, world, config.compile)
+
+    def step(images, params, lr):
+        view1, view2 = views(images.to(device, non_blocking=True), params=params)
+        return train_step(parallel_model, optimizer, scaler, view1, view2, lr, amp, **weights)
+
+    # A graph is of one process; a scaler looks at numbers during a step.
+    eager = config.deterministic or world > 1 or amp == "fp16" or device.type != "cuda"
+    if config.graph and not eager:
+        return GraphedStep(step, model, optimizer)
+    return step
+
+
+def read_logs(pending, step, scaler):
+    """Numbers that the last steps before `step` have logged; reading them waits for the device.
+
+    Args: pending: what `train_step` has returned. Returns: the same with floats.
+    Raises: UserError naming step and part of a number that is not finite.
+    """
+    rows = []
+    for number, log in enumerate(pending, step - len(pending)):
+        values = torch.stack([value.float() for value in log.values()]).tolist()
+        rows.append(dict(zip(log, values, strict=True)))
+        for name, value in rows[-1].items():
+            # The scaler of float16 skips a step whose gradient is infinite.
+            valid = math.isfinite(value) or (name == "grad_norm" and scaler.is_enabled())
+            require(valid, f"step {number}: {name} is {value}; {STOPPED}")
+    return rows
 
 
 VALIDATION_IMAGES = 512  # at most; the covariance term depends on the number of images
@@ -1563,16 +1680,14 @@ def validation_metrics(model, sets, rows, views, seed=0, amp="off", **loss_weigh
     if len(rows) < 2:
         return {}
     device = next(model.parameters()).device
-    params = views.draw(len(rows), sets[0].size, generator(seed, "val"))
-    chunks = []
     model.eval()
-    for chunk in torch.arange(len(rows)).split(64):
-        images = gather_images(sets, rows[chunk]).to(device)
-        view1, view2 = views(images, params={name: v[:, chunk] for name, v in params.items()})
+    chunks = []
+    for i, chunk in enumerate(rows.split(64)):
+        images = gather_images(sets, chunk).to(device)
+        view1, view2 = views(images, generator(seed, "val", i))
         with autocast(device, amp):
             z_global, z_local = model(view1, view2)
         chunks.append(torch.stack([*z_global, *(z_local or ())]).float())  # (2 or 4, chunk, D)
-    model.train()
 
     pairs = torch.cat(chunks, 1).split(2)  # the global pair (2, n, D), and the local one
     _, log = mlvicx_loss(*pairs, **loss_weights)
@@ -1584,26 +1699,31 @@ def validation_metrics(model, sets, rows, views, seed=0, amp="off", **loss_weigh
     return row
 
 
-def finish_epoch(config, state, means, sets, val_rows, views, folder):
-    """Evaluates the model at the end of an epoch, and writes encoder.pt and metrics.csv.
+@torch.compiler.set_stance("force_eager")  # batches of other sizes would be compiled anew
+def finish_epoch(config, parts, state, seconds, sets, val_rows, views, folder):
+    """Evaluates the model at the end of an epoch, writes encoder.pt and metrics.csv, reports.
 
-    Args: means: of what the steps have logged. Returns: the row of metrics.csv, a dict.
+    Args: parts, state: see `save_training`; the history gets a new row. seconds: of a step.
     """
-    model, epoch = state.parts["model"], len(state.history) + 1
-    row = dict(means, epoch=epoch, step=state.step)
+    model, epoch = parts["model"], len(state["history"]) + 1
+    row = {"epoch": epoch, "step": state["step"]}
+    row["lr"] = float(parts["optimizer"].param_groups[0]["lr"])  # of the last step
+    logs = pd.DataFrame(state["logs"]).replace(math.inf, math.nan)  # inf: a step of fp16, skipped
+    row.update(logs.mean().to_dict())
     common, weights = select(config, "amp", "seed"), select(config, *LOSS_WEIGHTS)
     row.update(validation_metrics(model, sets, val_rows, views, **common, **weights))
     if config.knn_every and (epoch % config.knn_every == 0 or epoch == config.epochs):
         scores = [knn_auroc(model.encoder, data, config.size, **common) for data in sets]
         if not np.isnan(scores).all():  # NaN: a dataset without labels
             row["knn_auroc"] = float(np.nanmean(scores))
-    state.history.append(row)
+    model.train()
+    state["history"].append(row)
 
     about = {"arch": model.encoder.arch, "size": config.size, "data": [d.origin for d in sets]}
     save_checkpoint(folder / "encoder.pt", encoder=model.encoder.state_dict(), **about)
     with replacing(folder / "metrics.csv") as f:
-        pd.DataFrame(state.history).set_index(["epoch", "step"]).to_csv(f)
-    return row
+        pd.DataFrame(state["history"]).to_csv(f, index=False)
+    print_epoch(row, config.epochs, config.batch_size, seconds)
 
 
 def print_epoch(row, epochs, batch_size, seconds):
@@ -1653,56 +1773,55 @@ def pretrain(config):
     """
     # Data. torchrun starts one process a GPU; the first one (rank 0) writes the files.
     device, rank, world = setup(config.device, config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic  # all batches are equally large
     draw_demo(config.data, config.data_root, rank, world)
     sets = open_sets(config.data, config.data_root)
     rows, val_rows = pretraining_rows(sets, config.exclude_ids, config.include_val)
     batch_size = choose_batch_size(config.batch_size, len(rows), device, world)
+    config = replace(config, batch_size=batch_size)
     views = RandomViews(**select(config, *VIEW_SETTINGS))
-    loader = BatchLoader(sets, rows, batch_size, views, config.seed, rank, world)
     epoch_steps = len(rows) // batch_size  # the remainder is dropped; another one each epoch
     total_steps, warmup_steps = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
 
     # Model and optimiser.
-    model = build_model(config).to(device, memory_format=torch.channels_last)
-    parallel_model = for_training(model, device, world, config.compile)
-    optimizer = LARS(model.parameters(), **select(config, "weight_decay", "trust"))
-    amp, weights = resolve_amp(device, config.amp), select(config, *LOSS_WEIGHTS)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    state = TrainingState(model, optimizer, scaler)
-
+    parts = build_parts(config, device)
+    step = prepare_step(config, parts, views, device, world)
+    amp = resolve_amp(device, config.amp)
     chosen = {"images": len(rows), "batch_size": batch_size, "amp": amp}
     with stop_signals() as signals, training_folder(config, sets, rank, world, **chosen) as folder:
-        state.restore(folder)
-        saved = time.monotonic()
-        steps = tqdm(range(state.step, total_steps), disable=None)
-        for step, images, params in prefetch(loader.load, steps):
-            # One step: learning rate, two views of every image, update of the weights.
-            lr = cosine_schedule(step, total_steps, warmup_steps, config.lr * batch_size / 256)
-            view1, view2 = views(images.to(device, non_blocking=True), params=params)
-            log = train_step(parallel_model, optimizer, scaler, view1, view2, lr, amp, **weights)
-            state.pending.append(log)
-            state.step += 1
+        state = resume(folder, parts)
+        pending, first_step, saved, started = [], state["step"], time.monotonic(), time.monotonic()
+        steps = tqdm(range(first_step, total_steps), disable=None)
+        for i, images, params in load_batches(
+            steps, sets, rows, views, config, device, rank, world
+        ):
+            # One step: two views of every image, and one update of the weights (`train_step`).
+            lr = cosine_schedule(i, total_steps, warmup_steps, config.lr * batch_size / 256)
+            pending.append(step(images, params, lr))
+            state["step"] = i + 1
 
-            # Reading the log waits for the GPU, and processes for each other: every few steps.
-            stopped = False
-            if device.type == "cpu" or state.step % READ_EVERY == 0:
-                state.read()
-                stopped = any_process(len(signals) > 0, device)  # Ctrl-C or SIGTERM
+            # The rest waits for the GPU, and processes for each other: not after every step.
+            epoch_ends = state["step"] % epoch_steps == 0
+            if device.type == "cuda" and not epoch_ends and state["step"] % READ_EVERY > 0:
+                continue
+            state["logs"] += read_logs(pending, state["step"], parts["scaler"])
+            pending = []
+            stopped = any_process(len(signals) > 0, device)  # Ctrl-C or SIGTERM
 
             # End of an epoch: evaluate, write, report.
-            if state.step % epoch_steps == 0:
-                means = state.means()
+            if epoch_ends:
+                seconds = (time.monotonic() - started) / (state["step"] - first_step)
                 if rank == 0:
-                    row = finish_epoch(config, state, means, sets, val_rows, views, folder)
-                    print_epoch(row, config.epochs, batch_size, state.seconds_per_step())
+                    finish_epoch(config, parts, state, seconds, sets, val_rows, views, folder)
+                state["logs"] = []
 
             # Checkpoint: now and then, at the end, and before the run stops.
             due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-            if rank == 0 and (due or stopped or state.step == total_steps):
-                state.save(folder)
+            if rank == 0 and (due or stopped or state["step"] == total_steps):
+                save_training(folder, parts, state)
                 saved = time.monotonic()
             if stopped:
-                raise KeyboardInterrupt(f"stopped at step {state.step}, where the command resumes")
+                raise KeyboardInterrupt(f"stopped at step {i + 1}, where the command resumes")
     return folder
 
 
@@ -1774,11 +1893,28 @@ def warn_overlap(seen, evaluated):
 # ---- classification models
 
 
+class Classifier(nn.Module):
+    """An encoder and a linear layer: (B, 3, H, W) -> (B, F) logits. Needs: Encoder."""
+
+    def __init__(self, encoder, findings):
+        super().__init__()
+        self.encoder, self.fc = encoder, nn.Linear(encoder.channels[-1], findings)
+
+    def forward(self, x):
+        h, _ = self.encoder(x)
+        return self.fc(h)
+
+
 def masked_bce(logits, labels):
     """Binary cross-entropy over the known labels: (B, F), (B, F) with NaN -> (F,) means."""
     known = torch.isfinite(labels)
     loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
     return (loss * known).sum(0) / known.sum(0).clamp(min=1)
+
+
+def mean_auroc(scores, labels):
+    """Mean AUROC over the findings that have both classes: (n, F), (n, F) -> a number."""
+    return finding_aurocs(scores, labels)[0]
 
 
 def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
@@ -1809,7 +1945,7 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
 
         solver.step(closure)
         with torch.no_grad():
-            score = finding_aurocs(F.linear(x_val_scaled, weight, bias), y_val)[0]
+            score = mean_auroc(F.linear(x_val_scaled, weight, bias), y_val)
             fits.append((score, weight / std, bias.clone()))
     _, weight, bias = max(fits, key=lambda fit: fit[0])
     return weight, bias - weight @ mean
@@ -1871,6 +2007,12 @@ def mask_counts(predicted, mask):
     return torch.stack([part.sum((1, 2)) for part in (predicted & mask, predicted, mask)], 1)
 
 
+def segmentation_counts(logits, masks, threshold=0.5):
+    """`mask_counts` of logits (n, H, W), with masks (n, S, S) resized as the images are."""
+    truth = resize_images(255 * masks, logits.shape[-1]) > 0.5
+    return mask_counts(logits.sigmoid() > threshold, truth).numpy()
+
+
 DICE_NAMES = ("dice_all", "dice_positive", "dice_pooled", "dice_blank", "iou_pooled")
 
 
@@ -1889,35 +2031,22 @@ def dice_metrics(counts, weights=None):
     has_mask = true > 0
     every = np.ones(len(counts))
     dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)  # of each image
-
-    def ratio(part, whole):
-        return (weights * part).sum(-1) / (weights * whole).sum(-1)
-
-    with np.errstate(invalid="ignore"):
-        return np.stack(
-            [
-                ratio(dice, every),
-                ratio(dice * has_mask, has_mask),
-                ratio(2 * both, total),
-                ratio(~has_mask, every),
-                ratio(both, total - both),
-            ],
-            -1,
-        )
+    ratios = []
+    for part, whole in (
+        (dice, every),
+        (dice * has_mask, has_mask),
+        (2 * both, total),
+        (~has_mask, every),
+        (both, total - both),
+    ):
+        with np.errstate(invalid="ignore"):
+            ratios.append((weights * part).sum(-1) / (weights * whole).sum(-1))
+    return np.stack(ratios, -1)
 
 
-def segmentation_counts(model, data, rows, thresholds, size, amp="auto"):
-    """`mask_counts` of a Segmenter on rows (n,) of a dataset, at every threshold: (T, n, 3)."""
-    counts = []
-    for part in rows.split(64):  # some images at a time
-        probability = predict(model, data.images, part, size, amp).sigmoid()
-        mask = resize_images(255 * data.masks[part], size) > 0.5  # as the images are resized
-        counts.append(torch.stack([mask_counts(probability > t, mask) for t in thresholds]))
-    return torch.cat(counts, 1).numpy()
-
-
-def pooled_dice(counts):
-    """Pooled Dice of `mask_counts`; 1 where there is nothing to find and nothing found."""
+def pooled_dice(logits, masks, threshold=0.5):
+    """Pooled Dice; 1 where there is nothing to find and nothing found."""
+    counts = segmentation_counts(logits, masks, threshold)
     return np.nan_to_num(dice_metrics(counts)[2], nan=1.0)
 
 
@@ -1932,47 +2061,44 @@ def augment(images, target, views, rng):
     Returns: float (B, size, size) images, and 0/1 masks (B, size, size) or the target.
     """
     params = views.draw(len(images), images.shape[-1], rng)
-    params = {name: value[0] for name, value in params.items()}
+    params = {name: value[0].to(images.device) for name, value in params.items()}
     x = views.render(images, params)
     if target.shape == images.shape:
         target = (views.render(255 * target, params) > 0.5).float()
     return x, target
 
 
-FIT_SETTINGS = ("epochs", "batch_size", "lr", "patience", "amp")
-
-
-def fit(
-    model, images, targets, loss, score, rows, views, key, epochs, batch_size, lr, patience, amp
-):
+def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
     """AdamW with warm restarts until the validation score stops rising; ends with the best weights.
 
     Args:
-        images, targets: of the whole dataset. rows: those to train on. views: RandomViews without
-            changes of tone. key: tuple of plain values that decides order and augmentation.
-        loss: (logits, targets) -> tensor, averaged. score: () -> validation score, to be raised.
-        patience: epochs without a better score before stopping.
+        config: epochs, batch_size, lr, patience, size and amp are used.
+        images, targets: of the whole dataset. rows: those to train on. val: those that choose.
+        crop_min: smallest crop; images are also flipped, and rotated by up to 15 degrees.
+        loss: (logits, targets) -> tensor, averaged. score: (logits, targets) -> number, of all
+            validation images. key: tuple of plain values that decides order and augmentation.
     Source: authors' code (weight decay 0, clip 1.0, T0 = 10 doubling, floor 1e-6, patience 10).
     """
     # Deviation: no image is dropped, and validation images are never flipped.
     found = f"training needs two labelled images, found {len(rows)}; give more --labels"
     require(len(rows) > 1, found)  # BatchNorm needs two
     parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0)
+    device, size, amp = parameters[0].device, config.size, config.amp
+    views = RandomViews(size, crop_min, jitter=0, blur=0, solarize=0, rotation=15)
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10, 2, eta_min=1e-6)
     scaler = torch.amp.GradScaler(device.type, enabled=resolve_amp(device, amp) == "fp16")
     best, best_state, stale = -math.inf, None, 0
-    for epoch in tqdm(range(epochs), disable=None, leave=False):
+    for epoch in tqdm(range(config.epochs), disable=None, leave=False):
         # Train on all rows once, in parts of nearly equal size.
         model.train()
         order = rows[torch.randperm(len(rows), generator=generator(*key, "order", epoch))]
-        parts = max(1, min(round(len(order) / batch_size), len(order) // 2))
-        for i, batch in enumerate(order.tensor_split(parts)):
+        parts = max(1, min(round(len(order) / config.batch_size), len(order) // 2))
+        batches = prefetch(lambda batch: (images[batch], targets[batch]), order.tensor_split(parts))
+        for i, (x, target) in enumerate(batches):
             schedule.step(epoch + i / parts)
             rng = generator(*key, "augment", epoch, i)
-            x, target = images[batch].to(device), targets[batch].to(device)
-            x, target = augment(x, target, views, rng)
+            x, target = augment(x.to(device), target.to(device), views, rng)
             with autocast(device, amp):
                 logits = model(normalise(x))
             optimizer.zero_grad()
@@ -1983,12 +2109,12 @@ def fit(
             scaler.update()
 
         # Keep the weights of the best epoch.
-        value = score()
+        value = score(predict(model, images, val, size, amp), targets[val])
         stale += 1
         if best_state is None or value > best:
             best, stale = value, 0
             best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if stale >= patience:
+        if stale >= config.patience:
             break
     model.load_state_dict(best_state)
 
@@ -2014,15 +2140,22 @@ def prepare_evaluation(config, task):
     return data, device, Path(config.out or f"runs/{default}")
 
 
-def run_units(config, data, device, folder, run_unit, *given):
+def weights_hash(weights):
+    """The SHA-256 of a weight file; "random" and "imagenet" as they are."""
+    if not Path(weights).is_file():
+        return weights
+    return hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+
+
+def run_units(config, data, device, folder, run_unit):
     """Runs an evaluation for each of the weights, seeds and label fractions.
 
     What is found is kept in a file, so that a command that was stopped reads it back. The name of
     the file holds the hash of the weights; other settings or data are refused by `open_run`.
     "random" more than once is as many initialisations, evaluated on the same label subsets, as
     several pre-trainings are.
-    Args: run_unit: function (config, data, encoder, source, rows, seed, *given) -> array, where
-        `source` tells encoders apart and `rows` are the training rows whose labels may be used.
+    Args: run_unit: function (encoder, source, rows, seed) -> array, where `source` tells encoders
+        apart and `rows` are the training rows whose labels may be used.
     Returns: label fraction -> list of arrays, in the order of weights and seeds.
     """
     results = {fraction: [] for fraction in config.labels}
@@ -2030,17 +2163,16 @@ def run_units(config, data, device, folder, run_unit, *given):
     for index, weights in enumerate(config.weights.split(",")):
         for seed in range(config.seed, config.seed + config.seeds):
             encoder_seed = seed + index * config.seeds
-            source = f"{weights}{encoder_seed}"
-            if Path(weights).is_file():
-                source = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+            source = weights_hash(weights)
+            if source == "random":
+                source = f"random{encoder_seed}"
             for fraction in config.labels:
                 path = folder / f"unit-{fraction:g}-{index}-{seed}-{source}.npy"
                 if not path.exists():
                     encoder, _ = load_encoder(weights, encoder_seed, **architecture)
                     encoder = encoder.to(device, memory_format=torch.channels_last)
                     torch.manual_seed(seed)
-                    rows = label_subset(data, fraction, seed)
-                    found = run_unit(config, data, encoder, source, rows, seed, *given)
+                    found = run_unit(encoder, source, label_subset(data, fraction, seed), seed)
                     with replacing(path) as f:
                         np.save(f, found)
                 results[fraction].append(np.load(path))
@@ -2069,16 +2201,14 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
     low, high = pd.DataFrame(np.concatenate(draws)).quantile([0.025, 0.975]).to_numpy()
 
     values = np.array([metric(run, np.ones(len(member))) for run in runs])  # (R, M)
-    repeated = values
-    if encoders > 1:
-        repeated = values.reshape(encoders, -1, values.shape[1]).mean(1)
-    std = pd.DataFrame(repeated).std()  # NaN of a single run
+    groups = encoders if encoders > 1 else len(runs)
+    std = pd.DataFrame(values.reshape(groups, -1, values.shape[1]).mean(1)).std()  # NaN of one
     table = np.array([values.mean(0), std, low, high]).T.astype(object)  # (M, 4)
     table[pd.isna(table)] = None
     return [{"mean": mean, "std": std, "ci95": ci95} for mean, std, *ci95 in table]
 
 
-def write_results(folder, task, config, tests):
+def write_results(folder, task, config, data, tests):
     """Writes results.json and prints its intervals. Args: tests: label fraction -> its results.
 
     The results of one fraction stand under "test"; of several, under "test" and their fractions.
@@ -2089,23 +2219,24 @@ def write_results(folder, task, config, tests):
     if len(tests) == 1:
         fraction = config.labels[0]
         results.update(labels=fraction, test=tests[fraction])
-    results.update(settings=asdict(config), provenance=provenance())
+    results["weights_sha256"] = [weights_hash(weights) for weights in config.weights.split(",")]
+    results.update(settings=run_settings(config, [data]), provenance=provenance())
     write_json(folder / "results.json", results)
 
     table = pd.DataFrame()
     for fraction, test in tests.items():
-        found = dict(test)
+        found = test
         if task == "classify":
             found = {"mean AUROC": test["mean_auroc"]}
-        for name, values in test.get("per_finding", {}).items():
-            found[name] = values["auroc"]
+            found.update({name: row["auroc"] for name, row in test["per_finding"].items()})
         for name, value in found.items():
             text = "undefined"
             if value["mean"] is not None:
                 low, high = value["ci95"]
                 text = f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
             table.loc[name, f"{100 * fraction:g} % of the labels"] = text
-    print(f"\n{config.weights}, {config.mode}: mean and 95 % interval on the test images")
+    print(f"\n{config.weights}, {config.mode}: mean and 95 % interval on the test images;")
+    print(f"the recipe is chosen on all labels of {len(data.indices('val'))} validation images")
     print(table.to_string())
     print(f"written: {folder / 'results.json'}")
     return results
@@ -2114,48 +2245,18 @@ def write_results(folder, task, config, tests):
 # ---- classification
 
 
-class Classifier(nn.Module):
-    """An encoder and a linear layer: (B, 3, H, W) -> (B, F) logits. Needs: Encoder."""
-
-    def __init__(self, encoder, findings):
-        super().__init__()
-        self.encoder, self.fc = encoder, nn.Linear(encoder.channels[-1], findings)
-
-    def forward(self, x):
-        h, _ = self.encoder(x)
-        return self.fc(h)
-
-
-def classify_unit(config, data, encoder, source, rows, seed, names, labels, features, path):
-    """Trains a Classifier and writes it; returns its scores (n, F) of the test images.
-
-    Args: names, labels: F findings, (N, F). features: dict that keeps those of the last encoder.
-    """
-    val, test = data.indices("val"), data.indices("test")
-    model = Classifier(encoder, len(names)).to(next(encoder.parameters()).device)
-    network = (config.size, config.amp)
-
-    def score():
-        return finding_aurocs(predict(model, data.images, val, *network), labels[val])[0]
-
-    if config.mode == "frozen":
-        if source not in features:
-            features.clear()
-            features[source] = predict(encoder, data.images, torch.arange(len(labels)), *network)
-        x = features[source]
-        weight, bias = linear_probe(x[rows], labels[rows], x[val], labels[val])
-        model.fc.weight.data.copy_(weight)
-        model.fc.bias.data.copy_(bias)
-        scores = F.linear(x[test], weight, bias)
-    else:
-        views = RandomViews(config.size, crop_min=1, jitter=0, blur=0, solarize=0, rotation=15)
-        recipe, key = select(config, *FIT_SETTINGS), (seed, "classify")
-        fit(model, data.images, labels, masked_bce, score, rows, views, key, **recipe)
-        scores = predict(model, data.images, test, *network)
-    about = {"arch": encoder.arch, "findings": names, "size": config.size}
-    about.update(prepared_size=data.size, trained_on=config.data)
-    save_checkpoint(path, classifier=model.state_dict(), **about)
-    return scores.numpy()
+def choose_findings(data, findings):
+    """Names of the findings to evaluate, and their labels (N, F). Args: findings: "A,B" or ""."""
+    names = data.findings
+    if findings:
+        names = findings.split(",")
+    known = names and set(names) <= set(data.findings)
+    require(known, f"--findings {findings}: {data.folder} has {data.findings}")
+    labels = data.labels[:, [data.findings.index(name) for name in names]]
+    of_val = labels[data.indices("val")]
+    text = "no finding has both classes in the validation images, which choose the recipe"
+    require(not np.isnan(mean_auroc(0 * of_val, of_val)), f"{text}; prepare more of them")
+    return names, labels
 
 
 def classification_results(runs, labels, patients, names, encoders):
@@ -2170,7 +2271,7 @@ def classification_results(runs, labels, patients, names, encoders):
     for f, name in enumerate(names):
         known = np.isfinite(labels[:, f])
         y, precision = labels[known, f], None
-        if y.any():
+        if each[f]["mean"] is not None:
             areas = [average_precision_score(y, run[known, f]) for run in runs]
             precision = float(np.mean(areas))
         entry = {"auroc": each[f], "average_precision": precision}
@@ -2188,50 +2289,42 @@ def classify(config):
     Args: config: ClassifyConfig. Returns: the dict of results.json.
     """
     data, device, folder = prepare_evaluation(config, "classify")
-    names = data.findings
-    if config.findings:
-        names = config.findings.split(",")
-    known = names and set(names) <= set(data.findings)
-    require(known, f"--findings {config.findings}: {data.folder} has {data.findings}")
-    labels = data.labels[:, [data.findings.index(name) for name in names]]
+    names, labels = choose_findings(data, config.findings)
+    val, test = data.indices("val"), data.indices("test")
+    features = {}  # of the last encoder, of all images
+
+    def run_unit(encoder, source, rows, seed):
+        model = Classifier(encoder, len(names)).to(device)
+        if config.mode == "frozen":
+            if source not in features:
+                features.clear()
+                every = torch.arange(len(labels))
+                features[source] = predict(encoder, data.images, every, config.size, config.amp)
+            x = features[source]
+            weight, bias = linear_probe(x[rows], labels[rows], x[val], labels[val])
+            model.fc.load_state_dict({"weight": weight, "bias": bias})
+            scores = F.linear(x[test], weight, bias)
+        else:
+            given = (model, data.images, labels, rows, val, 1.0)
+            fit(config, *given, masked_bce, mean_auroc, (seed, "classify"))
+            scores = predict(model, data.images, test, config.size, config.amp)
+
+        about = {"arch": encoder.arch, "findings": names, "size": config.size}
+        about.update(prepared_size=data.size, trained_on=config.data)
+        save_checkpoint(folder / "classifier.pt", classifier=model.state_dict(), **about)
+        # A finding of which the training labels show one class alone has no classifier.
+        learned = (labels[rows] == 1).any(0) & (labels[rows] == 0).any(0)
+        return scores.masked_fill(~learned, math.nan).numpy()
 
     with open_run(folder, run_settings(config, [data]), config.overwrite):
-        given = (names, labels, {}, folder / "classifier.pt")
-        scores = run_units(config, data, device, folder, classify_unit, *given)
-        test, encoders = data.indices("test"), len(config.weights.split(","))
         y, patients, tests = labels[test].numpy(), data.patient[test], {}
-        for fraction, runs in scores.items():
+        encoders = len(config.weights.split(","))
+        for fraction, runs in run_units(config, data, device, folder, run_unit).items():
             tests[fraction] = classification_results(runs, y, patients, names, encoders)
-        return write_results(folder, "classify", config, tests)
+        return write_results(folder, "classify", config, data, tests)
 
 
 # ---- segmentation
-
-
-def with_mask(data, rows):
-    """Those of the rows whose image has a mask."""
-    return rows[torch.from_numpy(data.has_mask[rows])]
-
-
-def segment_unit(config, data, encoder, source, rows, seed):
-    """Trains a Segmenter; returns the `mask_counts` (n, 3) of the test images."""
-    rows, val, test = (
-        with_mask(data, r) for r in (rows, data.indices("val"), data.indices("test"))
-    )
-    device = next(encoder.parameters()).device
-    model = Segmenter(encoder, config.mode == "frozen").to(device)
-    network = (config.size, config.amp)
-
-    def score():
-        return pooled_dice(segmentation_counts(model, data, val, [0.5], *network)[0])
-
-    views = RandomViews(config.size, crop_min=0.8, jitter=0, blur=0, solarize=0, rotation=15)
-    recipe, key = select(config, *FIT_SETTINGS), (seed, "segment")
-    fit(model, data.images, data.masks, segmentation_loss, score, rows, views, key, **recipe)
-    thresholds = np.arange(0.05, 1, 0.05)
-    scores = [pooled_dice(c) for c in segmentation_counts(model, data, val, thresholds, *network)]
-    best = thresholds[np.argmax(scores)]
-    return segmentation_counts(model, data, test, [best], *network)[0]
 
 
 def segment(config):
@@ -2244,14 +2337,30 @@ def segment(config):
     """
     data, device, folder = prepare_evaluation(config, "segment")
     require(data.masks is not None, f"{data.folder} has no masks.npy; segment needs masks")
+    masked = {}
+    for split in ("train", "val", "test"):
+        rows = data.indices(split)
+        masked[split] = rows[torch.from_numpy(data.has_mask[rows])]
+        require(len(masked[split]), f"{data.folder} has no mask of a {split} image")
+    val, test = masked["val"], masked["test"]
+
+    def run_unit(encoder, source, rows, seed):
+        model = Segmenter(encoder, config.mode == "frozen").to(device)
+        rows = rows[torch.from_numpy(data.has_mask[rows])]
+        given = (model, data.images, data.masks, rows, val, 0.8)
+        fit(config, *given, segmentation_loss, pooled_dice, (seed, "segment"))
+        logits = predict(model, data.images, val, config.size, config.amp)
+        thresholds = np.arange(0.05, 1, 0.05)
+        dices = [pooled_dice(logits, data.masks[val], threshold) for threshold in thresholds]
+        logits = predict(model, data.images, test, config.size, config.amp)
+        return segmentation_counts(logits, data.masks[test], thresholds[np.argmax(dices)])
+
     with open_run(folder, run_settings(config, [data]), config.overwrite):
-        counts = run_units(config, data, device, folder, segment_unit)
-        patients = data.patient[with_mask(data, data.indices("test"))]
         encoders, tests = len(config.weights.split(",")), {}
-        for fraction, runs in counts.items():
-            found = interval(runs, patients, dice_metrics, encoders)
+        for fraction, runs in run_units(config, data, device, folder, run_unit).items():
+            found = interval(runs, data.patient[test], dice_metrics, encoders)
             tests[fraction] = dict(zip(DICE_NAMES, found, strict=True))
-        return write_results(folder, "segment", config, tests)
+        return write_results(folder, "segment", config, data, tests)
 
 
 # ---- heatmaps
@@ -2281,7 +2390,7 @@ def predict_files(config):
 
     Args: config: PredictConfig. A file that cannot be read is named and left out.
     """
-    from data_prep import read_xray, resize_xray
+    from data_prep import list_files, read_xray, resize_xray
 
     device, _, _ = setup(config.device)
     model, state = load_module(config.weights, "classifier")
@@ -2290,8 +2399,7 @@ def predict_files(config):
     require(config.overwrite or not out.exists(), f"{out} exists; give another --out")
     for path in map(Path, config.files):
         require(path.exists(), f"looked for X-rays at {path}: there is nothing")
-        inside = [p for p in path.rglob("*") if p.suffix.lower() in XRAY_SUFFIXES]
-        paths.extend(sorted(inside) or [path])
+        paths.extend(sorted(list_files(path)) if path.is_dir() else [path])
 
     table = {}
     for path in tqdm(paths, disable=None):
@@ -2302,7 +2410,7 @@ def predict_files(config):
             continue
         logits = predict(model, image[None], torch.tensor([0]), state["size"])
         table[str(path)] = logits[0].sigmoid().tolist()
-    require(table, f"none of {len(paths)} files could be read; {' '.join(XRAY_SUFFIXES)} can")
+    require(table, f"none of {len(paths)} files could be read; PNG, JPEG and DICOM can")
     frame = pd.DataFrame.from_dict(table, "index", columns=state["findings"])
     with replacing(out) as f:
         frame.to_csv(f, index_label="image", errors="surrogateescape")
@@ -2333,12 +2441,13 @@ def closing_table(config, folder):
     names = ("data_root", "size", "seed", "device", "amp", "backbone", "context", "attention")
     given = dict(select(config, *names), overwrite=True)
     for data in open_sets(config.data, config.data_root):
-        if not data.findings or set(data.split) != {"train", "val", "test"}:
-            continue
-        for name, weights in (("random", "random"), ("learned", f"{folder}/encoder.pt")):
-            out = f"{folder}/probe-{data.folder.name}-{name}"
-            given.update(data=str(data.folder), weights=weights, out=out)
-            classify(make_config("classify", ClassifyConfig, given))
+        try:
+            for name, weights in (("random", "random"), ("learned", f"{folder}/encoder.pt")):
+                out = f"{folder}/probe-{data.folder.name}-{name}"
+                given.update(data=str(data.folder), weights=weights, out=out)
+                classify(make_config("classify", ClassifyConfig, given))
+        except UserError as e:  # a set without labels, say
+            print(f"no linear probe: {e}")
 
 
 COMMANDS = {

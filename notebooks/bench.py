@@ -1,21 +1,26 @@
-"""What training, evaluation and preparation cost, as ratios within one run.
+"""What training costs, as ratios within one run.
 
-    python notebooks/bench.py                    # each form of the model, and each part of a step
-    python notebooks/bench.py evaluation         # linear probe, features
-    python notebooks/bench.py preparation RAW    # RAW: a folder with PNGs of NIH ChestX-ray14
+    python notebooks/bench.py                 # on a GPU if there is one, else on a CPU
+    python notebooks/bench.py --device cpu
 
 `--out FILE` writes the figures as JSON. The fast forms run as in training: channels-last, with
 autocast if `--amp` says so. The literal form runs as it is defined: float32, the default layout and
-allocator, one view after the other. Each form has a process of its own, and the least of several
-times counts. Nothing else may run beside it.
+allocator, one view after the other. Nothing else may run beside it.
+
+On a CPU, forward and backward of each form are measured in a process of its own, then the parts of a
+step; the least of several times counts. On a GPU, whole training steps are measured, then `pretrain`
+itself. Such a step makes two views of uint8 images in host memory, and changes the weights; the bare
+two-view ResNet-18 and the literal form run forward and backward alone. The most important figures
+come first, each is written as it is found, and what would not end within `--limit` seconds is left
+out.
 """
 
 import argparse
 import functools
+import gc
 import json
-import math
 import multiprocessing
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,22 +29,33 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+STARTED = time.perf_counter()
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import mlvicx as m
 
 BARE, INLINE, SIDE, NONE = "two-view ResNet-18", "MLVICX, inline", "MLVICX, side", "MLVICX, none"
-LITERAL = "literal, float32"
+LITERAL, CAPTURED = "literal, float32", "two-view ResNet-18, captured"
 KEPT = "literal, memory kept"  # with `keep_memory`, as all but the literal form have it
-FORMS = (BARE, NONE, SIDE, INLINE, LITERAL, KEPT)
+FORMS = [BARE, NONE, SIDE, INLINE, LITERAL, KEPT]
 FORWARD = ["encoder", "context-bottlenecks", "heads", "losses"]
+TRAINING = {  # forms of the training step, as settings of `pretrain`; the default is side
+    "eager": {"graph": False},
+    "graph": {},
+    "graph, inline": {"context": "inline"},
+    "graph, none": {"context": "none"},
+    "graph, VICReg": {"context": "none", "local_weight": 0.0, "final_bn": False},
+    "graph, compiled": {"compile": True},
+}
+EXPECTED = {"pretrain": 40, "graph, compiled": 50, LITERAL: 15}  # seconds; of the others 5
+COUNTED = ("eager", "graph, compiled")  # late, for the profiler may slow what follows it
 
 
 class LiteralMLVICX(m.MLVICX):
@@ -65,74 +81,46 @@ def torchvision_views(images, size):
     return [m.normalise(torch.cat([v(x[None]) for x in images]) / 255) for v in (view1, view2)]
 
 
-def peak_bytes(device, reset=False):
-    """Peak memory so far, or, after a reset, the memory in use now; NaN where unknown."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
+def peak_bytes(reset=False):
+    """Peak memory of this process so far, or, after a reset, what is in use; NaN where unknown."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):
-        return math.nan
+        return float("nan")
 
 
-def seconds(call, device=None):
+def seconds(call):
     """Seconds that a call takes."""
     start = time.perf_counter()
     call()
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def least_seconds(call, turns=3):
-    """Least wall time of a call in some turns, and what it returned last."""
-    found, taken = None, []
-
-    def keep():
-        nonlocal found
-        found = call()
-
-    for _ in range(turns):
-        taken.append(seconds(keep))
-    return min(taken), found
 
 
 # ---- forms of the model, parts of a step
 
 
-def build_form(name, embedding_dim, device):
+def build_form(name, embedding_dim):
     """The model of one row of the table."""
     if name in (LITERAL, KEPT):
-        return LiteralMLVICX(embedding_dim, context="inline").to(device)
+        return LiteralMLVICX(embedding_dim, context="inline")
     if name.startswith(BARE):
         model = m.MLVICX(context="none", local=False)
-        model.global_head.mlp = nn.Sequential()  # no heads: the loss sees h itself
+        model.global_head.mlp = torch.nn.Sequential()  # no heads: the loss sees h itself
     else:
         model = m.MLVICX(embedding_dim, context=name.split(", ")[1])
-    model = model.to(device, memory_format=torch.channels_last)
-    if name.endswith("compiled"):
-        return torch.compile(model)
-    return model
+    return model.to(memory_format=torch.channels_last)
 
 
-def measure_form(name, config):
-    """Least seconds of forward and backward, and peak memory in MB above the idle process.
-
-    `peak_mb`: in use at once, as CUDA counts it; `resident_mb`: on a CPU, with what is kept.
-    """
-    device = torch.device(config.device)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(0)
-    literal = name in (LITERAL, KEPT)
-    model = build_form(name, config.embedding_dim, device)
-    views = torch.rand(2, config.batch_size, config.size, config.size, device=device)
+def form_step(name, config, batch, device, amp):
+    """Forward and backward of one form on ready views, as a call."""
+    covariance = m.covariance_loss
+    with device:
+        model = build_form(name, config.embedding_dim)
+        views = torch.rand(2, batch, config.size, config.size)
     views = [m.normalise(view) for view in views]
-    amp, covariance = config.amp, m.covariance_loss
-    if literal:
+    if name in (LITERAL, KEPT):
         views = [view.contiguous() for view in views]
         amp, covariance = "off", m.covariance_literal
 
@@ -142,50 +130,50 @@ def measure_form(name, config):
             z = model(*views)
         m.mlvicx_loss(*z, covariance=covariance)[0].backward()
 
+    return step
+
+
+def measure_form(name, config):
+    """Least seconds of forward and backward, and peak memory in MB above the idle process.
+
+    `peak_mb`: in use at once; `resident_mb`: with what is kept.
+    """
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    step = form_step(name, config, config.batch_size, torch.device("cpu"), config.amp)
     if name != LITERAL:  # whose allocator stays as it is: its peak is that of KEPT
         m.keep_memory(False)
-    idle = peak_bytes(device, reset=True)
+    idle = peak_bytes(reset=True)
     step()
-    peak = peak_bytes(device) - idle
+    peak = peak_bytes() - idle
     if name != LITERAL:
         m.keep_memory()
-    taken = [seconds(step, device) for _ in range(config.repeats + 1)]
-    resident = peak_bytes(device) - idle
+    taken = [seconds(step) for _ in range(config.repeats + 1)]
+    resident = peak_bytes() - idle
     return {"seconds": min(taken[1:]), "peak_mb": peak / 1e6, "resident_mb": resident / 1e6}
 
 
 def step_parts(config, device):
     """The parts of a step, as calls by name, and the parameters of the modules."""
-    batch, size, amp = config.batch_size, config.size, m.autocast(device, config.amp)
-    bare, model, literal = (
-        build_form(name, config.embedding_dim, device) for name in (BARE, INLINE, LITERAL)
-    )
-    still = [build_form(n, config.embedding_dim, device).encoder.eval() for n in (BARE, INLINE)]
-    views = torch.randn(2, batch, 3, size, size, device=device)
+    batch, size = config.batch_size, config.size
+    amp = m.autocast(device, config.amp)
+    bare, model = (build_form(name, config.embedding_dim) for name in (BARE, INLINE))
+    still = [build_form(name, config.embedding_dim).encoder.eval() for name in (BARE, INLINE)]
+    views = torch.randn(2, batch, 3, size, size)
     images = torch.randint(256, (16 * batch, 256, 256)).byte()
-    mapped = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=tuple(images.shape))
-    mapped[:] = images  # read as a prepared set is, from a file
-    prepared = SimpleNamespace(images=torch.from_numpy(mapped))
     collate = functools.partial(torchvision_views, size=size)
     theirs = torch.utils.data.DataLoader(images, batch, num_workers=2, collate_fn=collate)
     ours, blocks = m.RandomViews(size), model.encoder.context
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    heads = (model.global_head.mlp, model.local_head.mlp)
     with torch.no_grad(), amp:
         encoded = [model.encoder(view) for view in views]
         (h1, h2), maps = zip(*encoded, strict=True)
         z = model(*views)
-    plain = [[x.float().contiguous() for x in level] for level in maps]
 
     def project_all():
-        pooled = [model.local_head.pool(level) for level in maps]
-        return m.project(heads[0], h1, h2), m.project(heads[1], *pooled)
-
-    def project_literally():
-        for h, level in ((h1, plain[0]), (h2, plain[1])):
-            literal.global_head(h.float())
-            literal.local_head.mlp(m.aggregate_literal(level, literal.local_head.convs).flatten(1))
+        m.project(model.global_head.mlp, h1, h2)
+        m.project(model.local_head.mlp, *(model.local_head.pool(level) for level in maps))
 
     def all_blocks():
         for level in maps:
@@ -201,12 +189,10 @@ def step_parts(config, device):
     }
     parts = {name: torch.no_grad()(amp(call)) for name, call in forward.items()}
     others = {
-        "read": lambda: m.gather_images([prepared], torch.randint(16 * batch, (batch,))),
-        "views": lambda: ours(images[:batch].to(device), m.generator("bench")),
+        "read": lambda: m.gather_images([SimpleNamespace(images=images)], 16 * torch.arange(batch)),
+        "views": lambda: ours(images[:batch], m.generator("bench")),
         "views, torchvision": lambda: list(theirs),
         "losses": lambda: m.mlvicx_loss(*z),
-        "heads, literal": project_literally,
-        "losses, literal": lambda: m.mlvicx_loss(*z, covariance=m.covariance_literal),
         "LARS": m.LARS(model.parameters()).step,
     }
     parts.update({name: torch.no_grad()(call) for name, call in others.items()})
@@ -215,33 +201,24 @@ def step_parts(config, device):
     return parts, {k: sum(p.numel() for p in v.parameters()) for k, v in modules.items()}
 
 
-def steps(config):
+def steps(config, device):
     """What each form of the model and each part of a step costs. Returns: a dict for JSON."""
-    device, _, _ = m.setup(config.device)
-    config.device = str(device)
-    forms = list(FORMS)
-    if device.type == "cuda":
-        forms += [f"{name}, compiled" for name in (BARE, SIDE)]
     torch.manual_seed(0)
     parts, parameters = step_parts(config, device)
     # A fork server imports torch once, and forks every process from there.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mlvicx"])
     rows = {}
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for name in forms:
+        for name in FORMS:
             rows[name] = pool.submit(measure_form, name, config).result()
-    turns = [
-        {name: seconds(call, device) for name, call in parts.items()}
-        for _ in range(config.repeats + 1)
-    ]
-    for name in parts:
-        rows[name] = {"seconds": min(turn[name] for turn in turns[1:])}
+    for name, call in parts.items():
+        rows[name] = {"seconds": min(seconds(call) for _ in range(config.repeats + 1))}
     table = pd.DataFrame(rows).T
     table.loc["views, torchvision", "seconds"] /= 16  # it ran over sixteen batches
     table.loc[LITERAL, "peak_mb"] = table["peak_mb"][KEPT]  # the same model
-    t, form, forward = table["seconds"], table["seconds"][forms], table["seconds"][FORWARD].sum()
+    t = table["seconds"]
+    form, forward = t[FORMS], t[FORWARD].sum()
     table.loc["backward", "seconds"] = t[INLINE] - forward
     table["images_per_second"] = config.batch_size / form
     table["over_resnet"], table["literal_over_it"] = form / t[BARE], t[LITERAL] / form
@@ -263,116 +240,220 @@ def steps(config):
         with FlopCounterMode(display=False) as counter:
             parts[part]()  # two views, and two operations a multiply-add
         multiply_adds[name] = counter.get_total_flops() // (4 * config.batch_size)
-    print("forward and backward of each form, then the parts of a step")
-    shown = table.assign(seconds=1000 * table["seconds"]).rename(columns={"seconds": "ms"})
-    print(shown.to_string(float_format="{:.4g}".format, na_rep=""))
+    print(table.to_string(float_format="{:.4g}".format, na_rep=""))
     rows = json.loads(table.to_json(orient="index", double_precision=15))
-    measured = {name: rows.pop(name) for name in forms}
+    measured = {name: rows.pop(name) for name in FORMS}
     found = {"ratios": ratios, "parameters": parameters, "multiply_adds": multiply_adds}
-    return dict(found, steps=measured, parts=rows)
+    return dict(found, steps=measured, parts=rows, operators=operators(config))
 
 
-# ---- evaluation, preparation
+# ---- whole training steps
 
 
-def evaluation(config):
-    """The linear probe at NIH's size; features of images against bare forward passes."""
-    device, _, _ = m.setup("cpu")
+def whole_step(config, batch, device, name):
+    """A step of `pretrain` on images of noise, as a call without arguments."""
+    given = dict(TRAINING[name], data="nih", size=config.size, embedding_dim=config.embedding_dim)
+    settings = m.make_config("pretrain", m.PretrainConfig, given)
+    amp, weights = m.resolve_amp(device, "auto"), m.select(settings, *m.LOSS_WEIGHTS)
+    with device:  # the weights are drawn where they are used
+        model = m.build_model(settings).to(memory_format=torch.channels_last)
+    called = m.for_training(model, device, compile=settings.compile)
+    optimizer = m.LARS(model.parameters())
+    scaler, views = torch.amp.GradScaler(device.type, enabled=False), m.RandomViews(config.size)
+    images = torch.randint(256, (batch, 256, 256)).byte()
+    params = views.draw(batch, 256, m.generator("bench"))
+
+    def step(images, params, lr):
+        pair = views(images.to(device, non_blocking=True), params=params)
+        return m.train_step(called, optimizer, scaler, *pair, lr, amp, **weights)
+
+    if device.type == "cuda":
+        images = images.pin_memory()
+        params = {key: value.pin_memory() for key, value in params.items()}
+        if settings.graph:
+            return functools.partial(m.GraphedStep(step, model, optimizer), images, params, 0.1)
+    return functools.partial(step, images, params, 0.1)
+
+
+def captured(call):
+    """The same call as a CUDA graph."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):  # algorithms are chosen before anything is recorded
+        call()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def measure_step(config, batch, name, device):
+    """What one form of the step costs at one batch size. Returns: a dict."""
     torch.manual_seed(0)
-    x, xv = (torch.randn(count, 512).relu() for count in (86524, 8652))
-    weight = torch.randn(14, 512) / 20
-    bias = torch.linspace(-4, -2, 14)
-    y, yv = (torch.rand(len(a), 14).lt((a @ weight.T + bias).sigmoid()).float() for a in (x, xv))
-    probe, _ = least_seconds(lambda: m.linear_probe(x, y, xv, yv))
-    images, rows = torch.randint(0, 256, (1024, 256, 256)).byte(), torch.arange(1024)
-    ready = torch.randn(128, 3, 224, 224).to(memory_format=torch.channels_last)
-    encoder = m.Encoder().eval().to(memory_format=torch.channels_last)
-    bare, _ = least_seconds(torch.no_grad()(lambda: [encoder(ready) for _ in range(8)]))
-    ours, _ = least_seconds(lambda: m.predict(encoder, images, rows, 224))
-    return {
-        "probe, 86,524 x 512 features, 14 findings, seconds": probe,
-        "features of 1,024 images of 256 px seen at 224, seconds": ours,
-        "features over bare forward passes": ours / bare,
-    }
+    torch.compiler.reset()
+    wait, warm_up, repeats = torch.cpu.synchronize, 1, 2
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        wait, warm_up, repeats = torch.cuda.synchronize, 5, 12
+    if name in TRAINING:
+        call = original = whole_step(config, batch, device, name)
+    else:
+        call = original = form_step(name, config, batch, device, "auto")
+    if name == CAPTURED:
+        call = captured(original)
+    for _ in range(warm_up):  # in which a graph is recorded as well
+        call()
+    wait()
+
+    # Steps that follow each other; then what one of them keeps Python busy.
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wait()
+    taken = (time.perf_counter() - started) / repeats
+    row = {"ms": 1e3 * taken, "host ms": 1e3 * seconds(call), "images/s": batch / taken}
+    row["hours of 300 epochs"] = 300 * 86524 / 3600 * taken / batch
+    wait()
+    if device.type == "cuda":
+        row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+    if name in COUNTED and device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            call()
+            wait()
+        row["kernels"] = sum(e.device_type.name == "CUDA" for e in profiler.events())
+    return row
 
 
-DECODE = """
-import sys
-from pathlib import Path
-import data_prep
-from PIL import Image
-for path in sorted(Path(sys.argv[1]).glob("*.png")):
-    Image.open(path).load()
-"""
-PREPARE = """
-import resource, sys
-from pathlib import Path
-import data_prep
-data_prep.main(sys.argv[1:])
-own = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # since the exec
-print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
+def measure_pretrain(config, batch, device):
+    """`pretrain` as a user runs it: two epochs of a prepared set of noise. Returns: a dict."""
+    count, noise = config.images, np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as place:
+        np.save(f"{place}/images.npy", noise.integers(0, 256, (count, 256, 256), np.uint8))
+        table = pd.DataFrame({"image": range(count), "patient": range(count), "split": "train"})
+        table.loc[::20, "split"] = "val"
+        table.to_csv(f"{place}/labels.csv", index=False)
+        meta = {"name": "noise", "size": 256, "images": count, "findings": []}
+        m.write_json(f"{place}/meta.json", dict(meta, images_sha256="noise"))
+        words = f"--data {place} --out {place}/run --epochs 2 --knn-every 0 --batch-size {batch}"
+        words += f" --device {device} --size {config.size} --embedding-dim {config.embedding_dim}"
+        call, started = [sys.executable, "mlvicx.py", "pretrain", *words.split()], time.time()
+        done = subprocess.run(call, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, check=True)
+        taken = time.time() - started
+    rates = [int(rate) for rate in re.findall(r"(\d+) images/s", done.stdout)]
+    # Each line counts from the start of the training, so the first has its warm-up in it.
+    second = 1 / max(2 / rates[1] - 1 / rates[0], 1e-9)
+    row = dict(zip(("images/s, epoch 1", "images/s, both epochs"), rates, strict=True))
+    return dict(row, **{"images/s, epoch 2": second, "seconds of the command": taken})
 
 
-def run_python(code, *words):
-    """Runs Python code in a process of its own, whose time includes the start of Python."""
-    call = [sys.executable, "-c", code, *map(str, words)]
-    return subprocess.run(call, cwd=HERE.parent, check=True, capture_output=True, text=True)
+def plan(large, small, cuda):
+    """What `training` measures, in this order: pairs of a batch size and the name of a row."""
+    main, forms = (BARE, CAPTURED, "graph"), ("graph, inline", "graph, none", "graph, VICReg")
+    pairs = [(batch, name) for batch in (large, small) for name in main]
+    pairs += [(large, "pretrain"), (small, "eager"), (large, "eager"), (small, LITERAL)]
+    pairs += [(large, "graph, compiled"), *((large, name) for name in forms)]
+    pairs += [(small, "graph, compiled"), *((small, name) for name in forms)]
+    return [(b, name) for b, name in pairs if cuda or name in (BARE, "eager", LITERAL, "pretrain")]
 
 
-def preparation(config):
-    """Preparing to 256 px beside decoding alone, by one worker and by two; peak memory."""
-    files, found = sorted(Path(config.raw).rglob("*.png"))[:40], {}
-    for count in (400, 1600):
-        with tempfile.TemporaryDirectory() as place:
-            folder, out = Path(place) / "raw", Path(place) / "out"
-            folder.mkdir()
-            for k in range(count):
-                shutil.copy(files[k % len(files)], folder / f"{k}.png")
-            rows = ["image,patient,F", *(f"{k}.png,{k},{k % 2}" for k in range(count))]
-            (folder / "labels.csv").write_text("\n".join(rows) + "\n")
-            words = f"folder --raw {folder} --csv labels.csv --size 256 --out {out} --overwrite"
-            words = [*words.split(), "--workers"]
-            decode, _ = least_seconds(lambda folder=folder: run_python(DECODE, folder))
-            one, _ = least_seconds(lambda words=words: run_python(PREPARE, *words, 1))
-            alone = (out / "images.npy").read_bytes()
-            two, done = least_seconds(lambda words=words: run_python(PREPARE, *words, 2))
-            assert (out / "images.npy").read_bytes() == alone
-        peaks = [round(int(kb) / 1e3) for kb in done.stdout.split()[-2:]]
-        found[f"{count} images"] = {
-            "seconds": {"decode": decode, "one worker": one, "two workers": two},
-            "prepare over decode": one / decode,
-            "two workers over one": one / two,
-            "peak MB with two workers": dict(zip(("parent", "a worker"), peaks, strict=True)),
-        }
+def training(config, device):
+    """What a training step costs, whole and form by form. Returns: a dict for JSON."""
+    torch.backends.cudnn.benchmark = True
+    cuda, rows = device.type == "cuda", {}
+    found = {"device": torch.cuda.get_device_name() if cuda else "CPU", "training": rows}
+    for batch, name in plan(*config.batches, cuda):
+        now = time.perf_counter() - STARTED
+        if now + EXPECTED.get(name, 5) > config.limit:
+            continue
+        try:
+            if name == "pretrain":
+                row = measure_pretrain(config, batch, device)
+            else:
+                row = measure_step(config, batch, name, device)
+        except (RuntimeError, subprocess.CalledProcessError) as e:  # which spares the others
+            row = {"failed": str(e)[-1000:]}
+        for other in (BARE, CAPTURED, "graph"):
+            base = rows.get(f"batch {batch}, {other}", {})
+            if "ms" in row and "ms" in base:
+                row[f"over {other}"] = row["ms"] / base["ms"]
+        rows[f"batch {batch}, {name}"] = row
+        print(f"batch {batch}, {name}, begun after {now:.0f} s:")
+        print(pd.DataFrame([row]).to_string(index=False, float_format="{:.4g}".format), flush=True)
+        save(config, found)
+        gc.collect()
+        torch.cuda.empty_cache()
     return found
 
 
-def main(argv=None):
-    """Measures one thing, prints it and writes it to `--out`. Returns: what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", default="steps", choices=MEASURES)
-    parser.add_argument("raw", nargs="?", default="", help="folder with PNGs, for preparation")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--embedding-dim", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=3, help="the least disturbed counts")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"))
-    parser.add_argument("--out", default="", help="JSON file to write")
-    config = parser.parse_args(argv)
-    if config.out:  # before minutes of measuring
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    result = {"command": sys.argv[1:], "threads": torch.get_num_threads()}
-    result.update(provenance=m.provenance(), config=vars(config))
-    result.update(MEASURES[config.what](config))
-    print(json.dumps(result, indent=1))
+# ---- what Python asks of the device
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators, except those that only look at memory in another way.
+
+    Those that make Python wait for a GPU are listed: a number is read from a tensor, a size depends
+    on data, a tensor is made of Python's numbers and must be copied.
+    """
+
+    count, blocking = 0, ()
+    LOOKS = "detach view _unsafe_view unsqueeze squeeze select expand transpose permute lift_fresh"
+    BLOCKS = "_local_scalar_dense nonzero masked_select lift_fresh"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, indices = func.overloadpacket.__name__, ()
+        if name in ("index", "index_put_"):
+            indices = [index for index in args[1] if index is not None]
+        masked = any(index.dtype == torch.bool for index in indices)
+        self.count += name not in self.LOOKS.split()
+        if masked or name in self.BLOCKS.split():
+            self.blocking += (name,)
+        return func(*args, **(kwargs or {}))
+
+
+def operators(config):
+    """Operators of the second training step on a CPU, which has the state of the optimiser."""
+    model = build_form(SIDE, config.embedding_dim)
+    optimizer, scaler = m.LARS(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    random, images = m.RandomViews(config.size), torch.randint(256, (2, 256, 256)).byte()
+    params = random.draw(2, 256, m.generator("bench"))
+    for _ in range(2):
+        with Operators() as in_views:
+            views = random(images, params=params)
+        with Operators() as in_step:
+            m.train_step(model, optimizer, scaler, *views, 0.1)
+    found = {"views": in_views.count, "training step": in_step.count}
+    return dict(found, blocking=in_views.blocking + in_step.blocking)
+
+
+def save(config, found):
+    """Writes to `--out` what was found, and under which circumstances. Returns: both."""
+    about = {"command": sys.argv[1:], "threads": torch.get_num_threads()}
+    result = dict(about, provenance=m.provenance(), config=vars(config), **found)
     if config.out:
         m.write_json(config.out, result)
     return result
 
 
-MEASURES = {"steps": steps, "evaluation": evaluation, "preparation": preparation}
+def main(argv=None):
+    """Measures, prints the figures and writes them to `--out`. Returns: what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=32, help="on a CPU")
+    parser.add_argument("--batches", type=int, nargs=2, default=(256, 64), help="on a GPU")
+    parser.add_argument("--embedding-dim", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=3, help="on a CPU; the least time counts")
+    parser.add_argument("--images", type=int, default=20000, help="of pretrain, on a GPU")
+    parser.add_argument("--limit", type=float, default=140, help="seconds, on a GPU")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"), help="on a CPU")
+    parser.add_argument("--out", default="", help="JSON file to write")
+    config = parser.parse_args(argv)
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
+    device, _, _ = m.setup(config.device)
+    measure = training if device.type == "cuda" else steps
+    result = save(config, measure(config, device))
+    print(json.dumps(result, indent=1))
+    return result
+
 
 if __name__ == "__main__":
     main()
