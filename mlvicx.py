@@ -2399,7 +2399,10 @@ def predict_files(config):
     require(config.overwrite or not out.exists(), f"{out} exists; give another --out")
     for path in map(Path, config.files):
         require(path.exists(), f"looked for X-rays at {path}: there is nothing")
-        paths.extend(sorted(list_files(path)) if path.is_dir() else [path])
+        if path.is_dir():
+            paths.extend(sorted(list_files(path)))
+        else:
+            paths.append(path)
 
     table = {}
     for path in tqdm(paths, disable=None):
