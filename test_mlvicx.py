@@ -48,6 +48,7 @@ import mlvicx as m
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "notebooks"))
 import bench
+import experiments
 
 torch.set_num_threads(1)  # the models here are too small for two
 
@@ -4835,35 +4836,107 @@ def test_readme_names_only_tests_that_exist():
     assert faults == {f"test_fault{k}" for k in range(1, 10)}
 
 
-def test_the_tables_are_those_of_the_logs(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(HERE / "notebooks")
-    import experiments
+def spread(values):
+    """Mean ± standard deviation, as the tables give it."""
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
 
-    kept = (HERE / "notebooks" / "results" / "tables.md").read_text()
-    shutil.copytree(HERE / "notebooks" / "results", tmp_path / "results")
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
-    experiments.tables()
-    assert (tmp_path / "results" / "tables.md").read_text() == kept
-    rows = tuple(f"| {name} |" for name in experiments.METHODS)
-    text = (HERE / "notebooks" / "results" / "RESULTS.md").read_text()
-    quoted = [line for line in text.splitlines() if line.startswith(rows)]
-    assert len(quoted) > 30 and set(quoted) <= set(kept.splitlines())
-    again = json.loads((HERE / "notebooks" / "results" / "side_again.json").read_text())["frozen"]
-    for found in (cell["mean_auroc"] for cell in again):
-        assert f"{found['mean']:.3f} ± {found['std']:.3f}" in text
-    # The README's first run is its log, and its table one column of the first one there.
-    log = (HERE / "notebooks" / "results" / "logs" / "first_run.txt").read_text().splitlines()
+
+def table_rows(text, title):
+    """The cells of the first table after a title: first cell of each row -> the others."""
+    lines = text.split(title)[1].split("\n|---")[1].split("\n\n")[0].splitlines()[1:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: rest for first, *rest in rows}
+
+
+def test_the_tables_of_the_study_are_those_of_its_logs():
+    results = HERE / "notebooks" / "results"
+    text, readme = (results / "RESULTS.md").read_text(), (HERE / "README.md").read_text()
+    summary = json.loads((results / "nih" / "summary.json").read_text())
+    made = set(experiments.markdown(summary))
+    quoted = []
+    for line in text.split("## The study")[1].split("\n## ")[0].splitlines():
+        if line.startswith("| ") and re.search(r"\d\.\d{3}", line):
+            quoted.append(line)
+    assert len(quoted) > 50 and set(quoted) <= made
+
+    # The summary is that of the units: subsets of the labels averaged, then seeds.
+    found = {}
+    for unit in json.loads((results / "nih" / "units.json").read_text()):
+        for row in unit.get("rows", []):
+            cell = tuple({**row, **unit}[name] for name in experiments.CELL)
+            found.setdefault(cell, {}).setdefault(unit["seed"], []).append(row["test"])
+    index = {}
+    for row in summary:
+        if row["measure"] == "test":
+            index[tuple(row[name] for name in experiments.CELL)] = row
+    assert set(index) == set(found) and len(found) > 100
+    for cell, seeds in found.items():
+        each = [np.mean(seeds[seed]) for seed in sorted(seeds)]
+        assert np.allclose(index[cell]["each"], each, atol=2e-5), cell
+        assert len(each) == 1 or abs(np.std(each, ddof=1) - index[cell]["std"]) < 2e-5
+
+    # The README quotes six columns of it.
+    columns = [("nih128", share) for share in (0.01, 0.1, 0.3, 1)]
+    columns += [("rsna256", 0.1), ("rsna256", 1)]
+    shown = table_rows(readme, "## What we found")
+    assert len(shown) == 7
+    for name, cells in shown.items():
+        name = name.replace("random weights", "random").removeprefix("MLVICX, ")
+        for (data, share), cell in zip(columns, cells, strict=True):
+            row = index[data, "frozen", "h", share, name]
+            without_interval = {key: row[key] for key in row if key != "ci95"}
+            assert cell == experiments.text_of(without_interval), name
+
+
+def test_the_other_tables_are_those_of_their_logs():
+    results = HERE / "notebooks" / "results"
+    text = (results / "RESULTS.md").read_text()
+    # The pilot: test AUROC of three pre-trainings, and fine-tuning from another list.
+    pilot = json.loads((results / "nih" / "pilot.json").read_text())
+    shown = table_rows(text, "## The pilot")
+    columns = [("nih@1", 0), ("nih@1", 15), ("rsna@1", 0), ("lungs shenzhen->montgomery@0.3", 0)]
+    for name, cells in shown.items():
+        runs = [r["tasks"] for r in pilot["runs"] if (r["stage"], r["method"]) == ("final", name)]
+        tuned = [
+            r["rsna_finetuned_test"]
+            for r in pilot["final_validation_all_labels"]
+            if r["method"] == name
+        ]
+        expected = [spread([run[task]["test"][k] for run in runs]) for task, k in columns if runs]
+        assert [cell for cell in cells if cell] == [*expected, spread(tuned)], name
+    assert len(shown) == 7
+    # The phantoms.
+    log = pd.read_csv(results / "variants.csv")
+    shown = table_rows(text, "## Phantoms")
+    for name, (flags, *cells) in shown.items():
+        runs = log[log["variant"] == name]
+        assert flags.strip("`") == "".join(runs["flags"].fillna("").unique())
+        for share, cell in zip((0.1, 1), cells, strict=True):
+            assert cell == spread(runs[runs["labels"] == share]["mean"]), name
+    assert len(shown) == 14
+    # The cost on a GPU.
+    steps = json.loads((results / "logs" / "bench_h200.json").read_text())["training"]
+    shown = table_rows(text, "## Cost on a GPU")
+    for name, cells in shown.items():
+        row = steps[name]
+        numbers = [f"{row['ms']:.1f}", f"{row['images/s']:,.0f}"]
+        assert cells == [*numbers, f"{row['hours of 300 epochs']:.1f}", f"{row['peak GB']:.1f}"]
+    assert len(shown) > 10
+    # The README's first run is its log.
+    log = (results / "logs" / "first_run.txt").read_text().splitlines()
     block = (HERE / "README.md").read_text().split("```\nrandom, frozen: ")[1].split("```")[0]
     lines = block.splitlines()[1:]
     assert len(lines) > 15 and set(filter(None, lines)) <= set(log)
-    first = [line.split(" | ") for line in kept.splitlines() if line.startswith(rows)]
-    names = {"random weights": "random", "MLVICX, inline": "MLVICX"}
-    shown = (HERE / "README.md").read_text().split("| phantoms, seven findings |")[1]
-    for line in shown.split("\n\n")[0].splitlines()[2:]:
-        name, value = line.strip("| ").split(" | ")
-        cells = next(c for c in first if c[0] == f"| {names.get(name, name)}")
-        assert cells[2] == value, name
-    assert f"{again[1]['mean_auroc']['mean']:.3f} ± {again[1]['mean_auroc']['std']:.3f}" in shown
+
+
+def test_average_precision_of_ranks_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    order, y = rng.permutation(60), rng.integers(0, 2, 60)
+    weights = np.stack([np.ones(60), rng.integers(0, 3, 60)])
+    found = experiments.average_precision(order, y, weights)
+    for value, row in zip(found, weights, strict=True):
+        expected = average_precision_score(y, order, sample_weight=row)
+        assert math.isclose(value, expected)
 
 
 def readme_blocks(language):
