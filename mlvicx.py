@@ -1900,7 +1900,7 @@ def label_subset(data, fraction, seed=0):
     """
     # Deviation: label subsets are drawn by patient, not by image.
     rows = data.indices("train")
-    patients = data.patient[rows]
+    patients = data.patient[rows.numpy()]
     order = {p: hashlib.sha256(f"{seed}:{p}".encode()).digest() for p in patients}
     count = math.ceil(round(fraction * len(order), 6))
     chosen = sorted(order, key=order.get)[:count]
@@ -2346,7 +2346,7 @@ def classify(config):
         return scores.masked_fill(~learned, math.nan).numpy()
 
     with open_run(folder, run_settings(config, [data]), config.overwrite):
-        y, patients, tests = labels[test].numpy(), data.patient[test], {}
+        y, patients, tests = labels[test].numpy(), data.patient[test.numpy()], {}
         encoders = len(config.weights.split(","))
         for fraction, runs in run_units(config, data, device, folder, run_unit).items():
             tests[fraction] = classification_results(runs, y, patients, names, encoders)
@@ -2369,13 +2369,13 @@ def segment(config):
     masked = {}
     for split in ("train", "val", "test"):
         rows = data.indices(split)
-        masked[split] = rows[torch.from_numpy(data.has_mask[rows])]
+        masked[split] = rows[torch.from_numpy(data.has_mask[rows.numpy()])]
         require(len(masked[split]), f"{data.folder} has no mask of a {split} image")
     val, test = masked["val"], masked["test"]
 
     def run_unit(encoder, source, rows, seed):
         model = Segmenter(encoder, config.mode == "frozen").to(device)
-        rows = rows[torch.from_numpy(data.has_mask[rows])]
+        rows = rows[torch.from_numpy(data.has_mask[rows.numpy()])]
         given = (model, data.images, data.masks, rows, val, 0.8)
         fit(config, *given, segmentation_loss, pooled_dice, (seed, "segment"))
         logits = predict(model, data.images, val, config.size, config.amp)
@@ -2387,7 +2387,7 @@ def segment(config):
     with open_run(folder, run_settings(config, [data]), config.overwrite):
         encoders, tests = len(config.weights.split(",")), {}
         for fraction, runs in run_units(config, data, device, folder, run_unit).items():
-            found = interval(runs, data.patient[test], dice_metrics, encoders)
+            found = interval(runs, data.patient[test.numpy()], dice_metrics, encoders)
             tests[fraction] = dict(zip(DICE_NAMES, found, strict=True))
         return write_results(folder, "segment", config, data, val, tests)
 
