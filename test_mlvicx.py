@@ -4777,7 +4777,7 @@ def test_the_tables_are_those_of_the_logs(tmp_path, monkeypatch):
 
 
 NIH_ROWS_OF_THE_README = {  # row -> method in the log
-    "baseline: ridge regression on 16 x 16 pixels": "16 x 16 pixels",
+    "baseline: ridge regression, 16x16 pixels": "16 x 16 pixels",
     "random weights": "random",
     "VICReg": "VICReg",
     "VICReg, last BatchNorm": "VICReg, last BatchNorm",
