@@ -4781,7 +4781,7 @@ NIH_ROWS_OF_THE_README = {  # row -> method in the log
     "random weights": "random",
     "VICReg": "VICReg",
     "VICReg, last BatchNorm": "VICReg, last BatchNorm",
-    "multi-level loss without blocks": "no blocks",
+    "MLVICX, no blocks": "no blocks",
     "MLVICX, inline": "inline",
     "MLVICX, side (default)": "side",
 }
@@ -4815,6 +4815,11 @@ def test_the_speeds_of_the_readme_are_those_of_the_logs():
     log = (results / "logs" / "first_run.txt").read_text().splitlines()
     means = [line for line in log if line.startswith("mean AUROC")]
     assert len(means) == 2 and "```\n" + "\n".join(means) + "\n```" in text
+    (images,) = [int(n) for n in re.findall(r"'train': (\d+)", "".join(log))]
+    assert f"the {images:,} training images" in " ".join(text.split())
+    speeds = [int(n) for n in re.findall(r"(\d+) images/s", "".join(log))]
+    minutes = 78_468 / np.mean(speeds) / 60  # an epoch of ChestMNIST
+    assert 16 < minutes < 25 and "an epoch takes 20 minutes" in " ".join(text.split())
     bench, compiled, dicom = (
         json.loads((results / "logs" / f"{name}.json").read_text())
         for name in ("bench_h200", "steps_h200", "dicom_speed")
@@ -4825,6 +4830,7 @@ def test_the_speeds_of_the_readme_are_those_of_the_logs():
     for row in rows:
         assert f"{row['images/s']:,.0f} images/s" in section
         assert f"{row['hours of 300 epochs']:.1f} h" in section
+    assert f"after {rows[0]['seconds of the first step, with compiling']:.0f} s" in section
     whole = bench["training"]["batch 256, pretrain"]["images/s, epoch 2"]
     assert f"{whole:,.0f} images/s in its second epoch" in section
     peak = bench["training"]["batch 256, eager"]["peak GB"]
