@@ -4810,6 +4810,24 @@ def test_the_results_of_the_readme_are_those_of_the_study():
         assert line.split(" | ")[1:] == expected, row
 
 
+def test_the_findings_of_the_readme_are_the_declared_comparisons():
+    text = " ".join((HERE / "README.md").read_text().split())
+    log = json.loads((HERE / "notebooks" / "results" / "nih" / "summary.json").read_text())
+    lines = {
+        "over random weights: ": "side − random",
+        "that keeps the last BatchNorm**: ": "side − VICReg, last BatchNorm",
+        "side over none: ": "side − no blocks",
+        "side over inline: ": "side − inline",
+    }
+    for line, method in lines.items():
+        found = []
+        for row in log:
+            if row["measure"] == "paired difference" and row["method"] == method:
+                numbers = (row["mean"], *row["ci95"])
+                found.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*numbers))
+        assert len(found) == 2 and line + " and ".join(found) in text
+
+
 def test_the_speeds_of_the_readme_are_those_of_the_logs():
     text, results = (HERE / "README.md").read_text(), HERE / "notebooks" / "results"
     log = (results / "logs" / "first_run.txt").read_text().splitlines()
