@@ -7,16 +7,16 @@
 
 A prepared folder holds `images.npy` (N, S, S) uint8, `labels.csv` (image, patient, split, one 0/1
 column a finding, blank = unknown), perhaps `masks.npy` (N, S, S) of 0/1 (column `has_mask`) and
-`boxes.csv` in prepared pixels; `rejected.csv` (every image left out, and why), `hashes.csv`
-(SHA-256 of each prepared picture, size of its source) and, written last, `meta.json`.
+`boxes.csv` in prepared pixels; `rejected.csv` (every image and file left out, and why),
+`hashes.csv` (SHA-256 of each prepared picture, size of its source) and, written last, `meta.json`.
 
-It grows as `<out>.partial`: images are read in parallel, appended in the order of the list and
-journalled, so that a run that was killed goes on where it was and ends in the same bytes.
+While it is being made, the folder is called `<out>.partial`: images are read in parallel, appended
+in the order of the list and journalled. A preparation that was stopped resumes from the journal and
+ends with the same bytes.
 """
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import hashlib
 import inspect
@@ -31,16 +31,20 @@ import signal
 import sys
 import tarfile
 import threading
+import unicodedata
 import urllib.request
 import warnings
+import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from numpy import clip, exp, maximum, sqrt
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 try:
@@ -53,7 +57,9 @@ except ImportError:  # Windows: two preparations of one set are not told apart
 # ================================================================================================
 # Of one picture, and of its file; the largest chest detectors give about 20 million pixels.
 MIN_SIDE, MAX_PIXELS, MAX_BYTES = 16, 50_000_000, 256 << 20
-PICTURES, DICOMS = (".png", ".jpg", ".jpeg"), (".dcm", ".dicom")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+ORIENTATION = 0x0112  # number of the EXIF tag
+LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 # Little endian, JPEG, JPEG lossless, JPEG-LS, JPEG 2000, RLE. Not deflated, which would be inflated
 # before the sizes inside can be checked.
 _SYNTAXES = ",.1,.4.50,.4.51,.4.57,.4.70,.4.80,.4.81,.4.90,.4.91,.5".split(",")
@@ -76,31 +82,35 @@ def one_line(error):
 
 
 def read_xray(source):
-    """One X-ray file as an 8-bit gray picture.
+    """One X-ray file as an 8-bit gray picture, turned as its EXIF tag says.
 
     8-bit values stay as they are, deeper ones are stretched from the darkest to the brightest.
-    Colour becomes luminance, transparency is ignored.
+    Colour becomes luminance, transparency is ignored, the padding of a DICOM becomes black.
 
-    Args: source: path of a PNG, JPEG or DICOM file (told by content, not by name), or an open
-        binary stream of a PNG or JPEG.
+    Args: source: path of a PNG, JPEG, BMP, WEBP, TIFF or DICOM file (told by content, not by name;
+        perhaps compressed by gzip), or an open binary stream of one.
     Returns: (H, W) uint8.
     Raises: ValueError, with a one-line reason, if the file is missing, damaged, of another format,
-        below 16 pixels a side or above 50 million. Sizes are checked before they are allocated.
+        of one value everywhere, below 16 pixels a side or above 50 million. Sizes are checked
+        before they are allocated.
     """
+    gray = read_gray(source)
+    require(gray.min() < gray.max(), f"all pixels have one value, {gray.max()} of 255")
+    return gray
+
+
+def read_gray(source):
+    """As `read_xray`, but the picture may have one value everywhere, as a blank mask does."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            if isinstance(source, (str, os.PathLike)):
-                require(os.path.getsize(source) <= MAX_BYTES, "a file above 256 MiB")
-                with open(source, "rb") as f:
-                    if f.read(132)[128:] == b"DICM":
-                        return _read_dicom(os.fspath(source))
-            with Image.open(source, formats=("PNG", "JPEG")) as image:
-                _check_size(image.height, image.width)
-                deep = image.mode.startswith("I")  # 16 bits
-                return _to_gray(np.asarray(image)) if deep else np.array(image.convert("L"))
+            data = _read_bytes(source)
+            if data[128:132] == b"DICM":
+                return _read_dicom(data)
+            return _read_picture(data)
+    except UnidentifiedImageError as e:
+        raise ValueError("not a PNG, JPEG, BMP, WEBP, TIFF or DICOM file") from e
     except Exception as e:  # decoders raise nearly anything on a hostile file
-        unknown = isinstance(e, UnidentifiedImageError)
-        raise ValueError("not a PNG, JPEG or DICOM file" if unknown else one_line(e)) from e
+        raise ValueError(one_line(e)) from e
 
 
 def resize_xray(image, size):
@@ -114,72 +124,172 @@ def resize_xray(image, size):
     return np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC, reducing_gap=1.0))
 
 
+def _read_bytes(source):
+    """The content of a file or stream, unpacked if it is compressed by gzip."""
+    if isinstance(source, (str, os.PathLike)):
+        require(os.path.getsize(source) <= MAX_BYTES, "a file above 256 MiB")
+        data = Path(source).read_bytes()
+    else:
+        data = source.read()
+    if data[:2] == b"\x1f\x8b":
+        unpacker = zlib.decompressobj(31)
+        data = unpacker.decompress(data, MAX_BYTES)
+        require(unpacker.eof, "gzip data that end early, or above 256 MiB when unpacked")
+    return data
+
+
 def _check_size(rows, columns):
     """Refuses what is too small to be an X-ray or too large to be decoded safely."""
     fits = min(rows, columns) >= MIN_SIDE and rows * columns <= MAX_PIXELS
     require(fits, f"{columns} x {rows} pixels; at least 16 a side, at most 50 million")
 
 
-def _to_gray(pixels, convert=np.float64, keep=False, invert=False):
-    """(H, W) integers -> uint8: `convert`, stretch to 0..255 (not if `keep`), perhaps invert."""
+def _read_picture(data):
+    """Bytes in one of FORMATS -> (H, W) uint8."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_size(image.height, image.width)
+        if image.format == "TIFF":  # others may lose pages, bits or their polarity
+            known = image.mode in ("1", "L") and image.n_frames == 1
+            require(known, f"a TIFF file of mode {image.mode} or of several pages; gray is read")
+        if image.format == "PNG" and image.tile[0][3] in ("RGB;16B", "RGBA;16B", "LA;16B"):
+            gray = _stretch(_deep_colour(image, data))
+        elif image.mode.startswith("I"):  # 16-bit gray
+            gray = _stretch(np.asarray(image))
+        else:
+            gray = np.asarray(image.convert("L"))
+        shown = Image.fromarray(gray)
+        with contextlib.suppress(Exception):  # no EXIF data, or damaged ones
+            shown.getexif()[ORIENTATION] = image.getexif()[ORIENTATION]
+    return np.array(ImageOps.exif_transpose(shown))
+
+
+def _deep_colour(image, data):
+    """(H, W) 16-bit luminance of a colour PNG, of which Pillow gives the high bytes alone."""
+    *place, layout = image.tile[0]
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as other:
+        if layout == "LA;16B":  # the two bytes of gray, then those of alpha
+            other.tile = [(*place, "RGBA")]
+            pairs = np.asarray(other).astype(np.int32)
+            return pairs[..., 0] * 256 + pairs[..., 1]
+        other.tile = [(*place, layout[:-1] + "L")]  # as little endian, low bytes are high ones
+        colour = np.asarray(image) * np.float32(256) + np.asarray(other)
+    return np.rint(colour[..., :3] @ LUMINANCE).astype(np.int32)
+
+
+def _stretch(pixels, ds=None):
+    """(H, W) integers -> uint8, from the darkest to the brightest; `ds`: the DICOM they are of."""
     low = int(pixels.min())
     levels = np.arange(low, int(pixels.max()) + 1)  # the work is done on a table of these
-    values = convert(levels).astype(np.float64)
-    if not (keep and np.allclose(values, levels)):  # 8 bits that `convert` leaves alone
+    values, keep, invert = levels.astype(np.float64), False, False
+    if ds is not None:
+        values = _display(levels, ds).astype(np.float64)
+        plain_bytes = ds.BitsStored == 8 and not ds.PixelRepresentation
+        keep = plain_bytes and np.allclose(values, levels)
+        invert = ds.PhotometricInterpretation == "MONOCHROME1"
+    if not keep:
         values = (values - values.min()) * (255 / (np.ptp(values) or 1))
-    values = 255 - values if invert else values
+    if invert:
+        values = 255 - values
     require(np.isfinite(values).all(), "pixel values are not finite")
     # Half up, with a margin: an inverted picture must not round the other way by an error.
     table = np.floor(values + 0.5 + 1e-6).clip(0, 255).astype(np.uint8)
     return table[np.subtract(pixels, low, dtype=np.intp)]
 
 
-def _read_dicom(path):
-    """DICOM file -> (H, W) uint8: modality LUT, VOI LUT, MONOCHROME1 inverted, then 8 bits."""
+def _read_dicom(data):
+    """DICOM bytes -> (H, W) uint8: modality LUT, VOI LUT, MONOCHROME1 inverted, then 8 bits."""
     import gdcm
     import pydicom
-    from pydicom.encaps import generate_frames
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
     gdcm.Trace.WarningOff()  # its errors come back as exceptions
     gdcm.Trace.ErrorOff()
-    syntax = pydicom.filereader.read_file_meta_info(path).TransferSyntaxUID
+    stream = io.BytesIO(data)
+    stream.seek(132)
+    read_dataset = pydicom.filereader.read_dataset
+    meta = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+    syntax = meta.get("TransferSyntaxUID")
     require(syntax in TRANSFER_SYNTAXES, f"DICOM transfer syntax {syntax} is not on the list")
-    ds = pydicom.dcmread(path)
-    # Sizes that are too large, or do not fit the pixel data, are refused before a decoder starts.
-    header, depth = (ds.Rows, ds.Columns), (ds.SamplesPerPixel, ds.BitsAllocated)
-    _check_size(*header)
-    known = depth in ((1, 8), (1, 16), (3, 8)) and int(ds.get("NumberOfFrames") or 1) == 1
-    require(known, f"DICOM of several frames, or of (samples, bits) = {depth}")
-    size, stream = math.prod(header + depth) // 8, ds.PixelData
-    if ds["PixelData"].is_undefined_length:  # compressed
-        stream = next(generate_frames(stream, number_of_frames=1))
-        # RLE carries no size of its own: what it can unpack to is bounded by its length.
-        coded = header if syntax.endswith("2.5") else _coded_size(stream)
-        fits = coded == header and len(stream) <= 2 * size + 4096
-        require(fits, f"header {header}, compressed stream {coded}")
-    else:
-        require(len(stream) >= size, f"{len(stream)} bytes of pixels, the header says {size}")
+    ds = pydicom.dcmread(io.BytesIO(data))
+    _check_pixel_data(ds, syntax)
     pixels = ds.pixel_array
     if pixels.ndim == 3:
         return np.array(Image.fromarray(pixels).convert("L"))
-    keep = ds.BitsStored == 8 and not ds.PixelRepresentation
-    invert = ds.PhotometricInterpretation == "MONOCHROME1"
-    return _to_gray(pixels, lambda x: apply_voi_lut(apply_modality_lut(x, ds), ds), keep, invert)
+
+    first = _number(ds, "PixelPaddingValue")
+    if first is None:
+        return _stretch(pixels, ds)
+
+    # Pixels that are no picture. Through 64 bits: files write 65535 for -1, and the reverse.
+    last = _number(ds, "PixelPaddingRangeLimit", first)
+    ends = np.array([first, last]).astype(np.int64).astype(pixels.dtype)
+    padding = (pixels >= ends.min()) & (pixels <= ends.max())
+    require(not padding.all(), "every pixel is padding")
+    gray = _stretch(np.where(padding, pixels[~padding].min(), pixels), ds)
+    gray[padding] = 0
+    return gray
+
+
+def _check_pixel_data(ds, syntax):
+    """Refuses sizes that are too large, or do not fit the pixel data, before a decoder starts."""
+    from pydicom.encaps import generate_frames
+
+    header, depth = (ds.Rows, ds.Columns), (ds.SamplesPerPixel, ds.BitsAllocated)
+    _check_size(*header)
+    known = depth in ((1, 8), (1, 16), (3, 8)) and int(_number(ds, "NumberOfFrames", 1)) <= 1
+    require(known, f"DICOM of several frames, or of (samples, bits) = {depth}")
+    gray = ds.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
+    colours = f"PhotometricInterpretation {ds.PhotometricInterpretation!r}"
+    require(gray == (depth[0] == 1), f"{colours} of {depth[0]} samples")
+    size, stream = math.prod(header + depth) // 8, ds.PixelData
+    if not ds["PixelData"].is_undefined_length:  # not compressed
+        require(len(stream) >= size, f"{len(stream)} bytes of pixels, the header says {size}")
+        return
+    stream, coded = next(generate_frames(stream, number_of_frames=1)), header
+    # RLE carries no size of its own: what it can unpack to is bounded by its length.
+    if not syntax.endswith("2.5"):
+        coded = _coded_size(stream)
+        require(b"\xff\xd9" in stream[-64:], "the compressed stream ends early")
+    fits = coded == header and len(stream) <= 2 * size + 4096
+    require(fits, f"header {header}, compressed stream {coded}")
 
 
 def _coded_size(stream):
     """(rows, columns) inside a JPEG, JPEG-LS or JPEG 2000 stream: what a decoder will allocate."""
-    start, at = stream[:1000].find(b"\xff\x4f\xff\x51"), 2
+    start = stream[:1000].find(b"\xff\x4f\xff\x51")
     if start >= 0:
         right, bottom, left, top = np.frombuffer(stream, ">u4", 4, start + 8).tolist()
         return bottom - top, right - left
+    at, frames = 2, {0xF7, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
     while stream[at] == 0xFF:
-        marker, length = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")
-        if marker == 0xF7 or marker in {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}:
+        if stream[at + 1] in frames:
             return tuple(np.frombuffer(stream, ">u2", 2, at + 5).tolist())
-        at += 2 + length
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
     raise ValueError("no frame header in the compressed stream")
+
+
+def _number(ds, name, default=None):
+    """The first value of a DICOM tag; `default` where the tag is absent or empty."""
+    if name not in ds or ds[name].is_empty:
+        return default
+    return float(np.ravel(ds[name].value)[0])
+
+
+def _display(levels, ds):
+    """Stored values -> values to be shown: modality LUT or slope, then VOI LUT or window."""
+    from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
+
+    if ds.get("ModalityLUTSequence"):
+        values = apply_modality_lut(levels, ds)
+    else:
+        slope, intercept = _number(ds, "RescaleSlope", 1), _number(ds, "RescaleIntercept", 0)
+        values = levels * slope + intercept
+    if ds.get("VOILUTSequence"):
+        return apply_voi(np.rint(values).astype(np.int64), ds)
+    if _number(ds, "WindowCenter") is None or _number(ds, "WindowWidth") is None:
+        return values
+    ds.VOILUTFunction = ds.get("VOILUTFunction") or "LINEAR"
+    ds.RescaleSlope = 1  # pydicom would invert the window for a negative slope
+    return apply_windowing(values, ds)
 
 
 # ================================================================================================
@@ -190,15 +300,38 @@ PHANTOM_FINE = ("Nodule", "Pneumothorax", "Fibrosis")
 PHANTOM_FINDINGS = PHANTOM_COARSE + PHANTOM_FINE
 # One entry a hospital. `prevalence` is in the order of PHANTOM_FINDINGS (Fibrosis is the rare one),
 # `dark` the optical depth shown as middle gray, `slope` the contrast of the film around it.
-PHANTOM_SITES = {"a": dict(code=0, prevalence=(0.13, 0.21, 0.17, 0.17, 0.11, 0.04), fat=0.06,
-                           dark=1.45, slope=1.9, scatter=0.10, noise=0.028),
-                 "b": dict(code=1, prevalence=(0.20, 0.25, 0.09, 0.10, 0.06, 0.08), fat=0.13,
-                           dark=1.20, slope=1.5, scatter=0.18, noise=0.045)}  # fmt: skip
-# Range of each measure of a patient. Lengths are in half image widths; `heart` is the healthy
-# cardiothoracic ratio, `spacing` and `slope` belong to the ribs, a negative `breast` means none.
-BUILD = dict(width=(0.62, 0.80), apex=(-0.80, -0.68), heart=(0.37, 0.49), tilt=(0.2, 0.7),
-             bone=(0.7, 1.3), spacing=(0.125, 0.15), slope=(0.14, 0.34), breast=(-0.35, 0.35),
-             vessels=(0.06, 0.11))  # fmt: skip
+PHANTOM_SITES = {
+    "a": SimpleNamespace(
+        code=0,
+        prevalence=(0.13, 0.21, 0.17, 0.17, 0.11, 0.04),
+        fat=0.06,
+        dark=1.45,
+        slope=1.9,
+        scatter=0.10,
+        noise=0.028,
+    ),
+    "b": SimpleNamespace(
+        code=1,
+        prevalence=(0.20, 0.25, 0.09, 0.10, 0.06, 0.08),
+        fat=0.13,
+        dark=1.20,
+        slope=1.5,
+        scatter=0.18,
+        noise=0.045,
+    ),
+}
+# Range of each measure of a patient, in half image widths where it is a length.
+BUILD = dict(
+    width=(0.62, 0.80),
+    apex=(-0.80, -0.68),
+    heart=(0.37, 0.49),  # the healthy cardiothoracic ratio
+    tilt=(0.2, 0.7),
+    bone=(0.7, 1.3),
+    spacing=(0.125, 0.15),  # of the ribs, as is the slope
+    slope=(0.14, 0.34),
+    breast=(-0.35, 0.35),  # none below 0
+    vessels=(0.06, 0.11),
+)
 # Images of 16 consecutive patients, 40 in all, shuffled block by block: a patient owns 1 to 5
 # indices in a row, and any index finds its patient without a history.
 IMAGES_PER_PATIENT = (1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 4, 5, 5)
@@ -212,44 +345,54 @@ def phantom_case(seed, index, site="a"):
         severity a finding, 0 without it; and the Generator to draw the image with.
     """
     place, size = PHANTOM_SITES[site], sum(IMAGES_PER_PATIENT)
-    rng = np.random.default_rng([seed, place["code"], 0, index // size])
+    block = index // size
+    rng = np.random.default_rng([seed, place.code, 0, block])
     ends = np.cumsum(rng.permutation(IMAGES_PER_PATIENT))
-    number = index // size * len(IMAGES_PER_PATIENT) + np.searchsorted(ends, index % size, "right")
-    rng = np.random.default_rng([seed, place["code"], 1, number])
-    body = {name: rng.uniform(*limits) for name, limits in BUILD.items()}
-    body["fat"] = place["fat"] + rng.exponential(0.06)
+    number = block * len(IMAGES_PER_PATIENT) + np.searchsorted(ends, index % size, "right")
+
+    rng = np.random.default_rng([seed, place.code, 1, number])
+    body = SimpleNamespace(**{name: rng.uniform(*limits) for name, limits in BUILD.items()})
+    body.fat = place.fat + rng.exponential(0.06)
     risk = rng.standard_normal(7)  # findings of a patient persist, and by the last go together
-    rng = np.random.default_rng([seed, place["code"], 2, index])
-    z = 0.35 * risk[6] + 0.6 * risk[:6] + math.sqrt(1 - 0.35**2 - 0.6**2) * rng.standard_normal(6)
-    # The tail of a normal is uniform in (0, 1): below p the finding is there, deeper is worse.
-    tail = np.array([math.erfc(value / math.sqrt(2)) / 2 for value in z])
-    severity = np.maximum(0, 1 - tail / place["prevalence"]).tolist()
-    return f"{site}{number:05d}", body, dict(zip(PHANTOM_FINDINGS, severity, strict=True)), rng
+
+    rng = np.random.default_rng([seed, place.code, 2, index])
+    today = math.sqrt(1 - 0.35**2 - 0.6**2) * rng.standard_normal(6)
+    normal = 0.35 * risk[6] + 0.6 * risk[:6] + today
+    severity = {}
+    for name, value, share in zip(PHANTOM_FINDINGS, normal, place.prevalence, strict=True):
+        # The tail of a normal is uniform in (0, 1): below the share the finding is there, and
+        # deeper is worse.
+        tail = math.erfc(value / math.sqrt(2)) / 2
+        severity[name] = max(0, 1 - tail / share)
+    return f"{site}{number:05d}", body, severity, rng
 
 
 def phantom_findings(severity):
     """Severity a finding -> 0 or 1 a finding, `No Finding` included."""
     findings = {name: int(value > 0) for name, value in severity.items()}
-    return findings | {"No Finding": int(not any(findings.values()))}
+    findings["No Finding"] = int(not any(findings.values()))
+    return findings
 
 
 def _ramp(distance, width=0.03):
     """A soft step from 0 to 1 around distance 0."""
-    return np.clip(distance / width + 0.5, 0, 1)
+    return clip(distance / width + 0.5, 0, 1)
 
 
 def _ball(x, y, x0, y0, a, b, tilt=0.0):
     """Thickness, 1 at the centre, of an ellipsoid with half axes a and b."""
     c, s = math.cos(tilt), math.sin(tilt)
-    u, v = (c * (x - x0) + s * (y - y0)) / a, (c * (y - y0) - s * (x - x0)) / b
-    return np.sqrt(np.maximum(1 - u * u - v * v, 0))
+    u = (c * (x - x0) + s * (y - y0)) / a
+    v = (c * (y - y0) - s * (x - x0)) / b
+    return sqrt(maximum(1 - u * u - v * v, 0))
 
 
 def _smooth(image, sigma):
     """Gaussian blur with sigma in half image widths; by FFT, so that no thread count matters."""
     size = len(image)
     fx, fy = np.fft.rfftfreq(size, 2 / size), np.fft.fftfreq(size, 2 / size)
-    gx, gy = (np.exp(-2 * (np.pi * sigma * f) ** 2).astype(np.float32) for f in (fx, fy))
+    gx = exp(-2 * (np.pi * sigma * fx) ** 2).astype(np.float32)
+    gy = exp(-2 * (np.pi * sigma * fy) ** 2).astype(np.float32)
     return np.fft.irfft2(np.fft.rfft2(image) * gx * gy[:, None], s=image.shape)
 
 
@@ -262,12 +405,12 @@ def _texture(rng, size, fine, coarse):
 
 def _pose(rng, size):
     """Pixel grid in patient coordinates (x to the image right, y down) and the way back."""
-    turn = rng.uniform(0.96, 1.22) * np.exp(1j * rng.normal(0, 0.05))
+    turn = rng.uniform(0.96, 1.22) * exp(1j * rng.normal(0, 0.05))
     shift = rng.normal(0, 0.06) + 1j * rng.normal(0.04, 0.06)
 
     def to_pixel(points):
         spot = (turn * points + shift + 1 + 1j) * size / 2
-        return np.clip([spot.imag, spot.real], 0, size - 1).astype(int)
+        return clip([spot.imag, spot.real], 0, size - 1).astype(int)
 
     centre = (np.arange(size) + 0.5) * 2 / size - 1
     grid = (centre + 1j * centre[:, None] - shift) / turn
@@ -278,60 +421,78 @@ def _vessels(rng, size, to_pixel):
     """Bronchovascular tree: curved branches that fan out from both hila, splatted as points."""
     trunks, twigs, t = 26, 120, np.linspace(0, 1, 80)
     angle = rng.uniform(-1.4, 1.5, (trunks, 1)) + rng.normal(0, 0.7, (trunks, 1)) * t
-    step = rng.uniform(0.3, 0.75, (trunks, 1)) / t.size * np.exp(1j * angle)
+    step = rng.uniform(0.3, 0.75, (trunks, 1)) / t.size * exp(1j * angle)
     path = 0.17 - 0.1j + np.cumsum(step, 1)
-    parent, knot = rng.integers(trunks, size=(twigs, 1)), rng.integers(8, 60, size=(twigs, 1))
+
+    # A twig leaves its trunk at a knot, in another direction.
+    parent = rng.integers(trunks, size=(twigs, 1))
+    knot = rng.integers(8, 60, size=(twigs, 1))
     bend = angle[parent, knot] + rng.normal(0, 0.8, (twigs, 1))
     reach = rng.uniform(0.08, 0.3, (twigs, 1)) * t
-    path = np.concatenate([path, path[parent, knot] + reach * np.exp(1j * bend)])
+    path = np.concatenate([path, path[parent, knot] + reach * exp(1j * bend)])
+
     mirrored = np.append(np.arange(trunks), parent) % 2 == 0
     path[mirrored] = -path[mirrored].conj()
     weight = np.repeat((1.4, 0.3), (trunks, twigs))[:, None] * (1 - 0.85 * t)
     row, column = to_pixel(path)
     image = np.bincount((row * size + column).ravel(), weight.ravel(), size**2)
-    return _smooth(image.reshape(size, size).astype(np.float32) * (size / 128) ** 2, 0.013)
+    image = image.reshape(size, size).astype(np.float32)
+    return _smooth(image * (size / 128) ** 2, 0.013)
+
+
+def _bones(body, x, y, cage, turn):
+    """Optical depth of ribs, spine, clavicles and shoulder blades."""
+    r = abs(x) / body.width
+    bone, inside = np.zeros_like(x), _ramp(1.04 - cage, 0.1)
+    # Equal ribs repeat down the image, so one folded coordinate draws them all.
+    back = y - body.slope * r**2.2 + 0.08 * r
+    front = y + 0.50 * r - 0.12 * r**4
+    for curve, reach, amount in ((back, 2 * r, 0.16), (front, 5 * r - 1.9, 0.09)):
+        fold = abs((curve / body.spacing) % 1 - 0.5) * body.spacing
+        rim = 1 + 0.3 * _ramp(0.006 - abs(fold - 0.018), 0.012)  # the cortex is denser
+        bone += amount * rim * _ramp(0.026 - fold, 0.014) * inside * clip(reach, 0, 1)
+
+    side = abs(x - 0.5 * turn)
+    bend = y - (body.apex + 0.17 - 0.20 * side + 0.035 * np.sin(9 * side))
+    spine = sqrt(clip(1 - (x / 0.095) ** 2, 0, 1))
+    clavicle = sqrt(clip(1 - (bend / 0.034) ** 2, 0, 1)) * _ramp(0.36 - abs(side - 0.45))
+    scapula = _ball(abs(x), y, body.width + 0.03, -0.34, 0.09, 0.30, 0.25)
+    bone += 0.45 * spine + 0.30 * clavicle + 0.16 * _ramp(scapula - 0.2, 0.3)
+    return bone * body.bone
 
 
 def _anatomy(rng, body, x, y, enlarged):
     """Maps of one patient at one breath: `lung` in [0, 1], optical depths `soft`, `solid`."""
-    r, rise = np.abs(x) / body["width"], np.maximum(0.22 - y, 0) / (0.22 - body["apex"])
+    r = abs(x) / body.width
+    rise = maximum(0.22 - y, 0) / (0.22 - body.apex)
     cage = r**2.4 + rise**2.3  # 0 on the axis of the rib cage, 1 on the inner chest wall
     # The level of the diaphragm, and how far a turned patient throws the mediastinum sideways.
     breath, turn = rng.normal(0.36, 0.10), rng.normal(0, 0.05)
     domes = breath + rng.normal(0, 0.055, 2) + (0.0, 0.04)  # the patient's right is higher
-    floor = np.where(x > 0, domes[1], domes[0]) + 0.85 * np.abs(r - 0.45) ** 2.2
+    floor = np.where(x > 0, domes[1], domes[0]) + 0.85 * abs(r - 0.45) ** 2.2
     inner = 0.10 + 0.12 * _ramp(y - breath + 0.18, 0.4) + 0.2 * _ramp(rise - 0.92, 0.25)
-    lung = _ramp(1 - cage, 0.09) * _ramp(floor - y) * _ramp(np.abs(x - turn) - inner, 0.05)
-    # A deep breath makes the same heart look narrow.
-    a = body["width"] * (body["heart"] + 0.15 * enlarged - 0.15 * (breath - 0.36))
-    heart = _ball(x, y, 0.32 * a + turn, breath - 0.45 * a, a, 0.76 * a, body["tilt"])
+    lung = _ramp(1 - cage, 0.09) * _ramp(floor - y) * _ramp(abs(x - turn) - inner, 0.05)
+
+    # Heart, great vessels and aortic knob. A deep breath makes the same heart look narrow.
+    a = body.width * (body.heart + 0.15 * enlarged - 0.15 * (breath - 0.36))
+    heart = _ball(x, y, 0.32 * a + turn, breath - 0.45 * a, a, 0.76 * a, body.tilt)
     root = _ball(x, y, 0.10 * a + turn, breath - 0.95 * a, 0.62 * a, 1.05 * a, 0.15)
-    knob = _ball(x, y, 0.09 + turn, body["apex"] + 0.38, 0.085, 0.11)
+    knob = _ball(x, y, 0.09 + turn, body.apex + 0.38, 0.085, 0.11)
     for part in (heart, root, knob):
         lung = lung * (1 - 0.92 * _ramp(part - 0.25, 0.5))
+
     belly = _ramp(y - floor - 0.06, 0.25) * _ramp(1.1 - cage, 0.3)
-    trachea = _ramp(0.045 - np.abs(x - turn), 0.03) * _ramp(-0.2 - y, 0.1)
+    trachea = _ramp(0.045 - abs(x - turn), 0.03) * _ramp(-0.2 - y, 0.1)
     bubble = rng.random() * _ball(x, y, 0.3, domes[1] + 0.16, 0.14, 0.07)
-    breast = max(0, body["breast"]) * _ball(np.abs(x), y, 0.4, 0.22, 0.3, 0.24)
-    bone, inside = np.zeros_like(x), _ramp(1.04 - cage, 0.1)
-    # Equal ribs repeat down the image, so one folded coordinate draws them all.
-    back, front = y - body["slope"] * r**2.2 + 0.08 * r, y + 0.50 * r - 0.12 * r**4
-    for curve, reach, amount in ((back, 2 * r, 0.16), (front, 5 * r - 1.9, 0.09)):
-        fold = np.abs((curve / body["spacing"]) % 1 - 0.5) * body["spacing"]
-        rim = 1 + 0.3 * _ramp(0.006 - np.abs(fold - 0.018), 0.012)  # the cortex is denser
-        bone += amount * rim * _ramp(0.026 - fold, 0.014) * inside * np.clip(reach, 0, 1)
-    side = np.abs(x - 0.5 * turn)
-    bend = y - (body["apex"] + 0.17 - 0.20 * side + 0.035 * np.sin(9 * side))
-    spine, clavicle = (np.sqrt(np.clip(1 - d**2, 0, 1)) for d in (x / 0.095, bend / 0.034))
-    clavicle = clavicle * _ramp(0.36 - np.abs(side - 0.45))
-    scapula = _ball(np.abs(x), y, body["width"] + 0.03, -0.34, 0.09, 0.30, 0.25)
-    bone += 0.45 * spine + 0.30 * clavicle + 0.16 * _ramp(scapula - 0.2, 0.3)
-    bones = bone * body["bone"] * (1 - 0.6 * belly)
+    breast = max(0, body.breast) * _ball(abs(x), y, 0.4, 0.22, 0.3, 0.24)
+    bones = _bones(body, x, y, cage, turn) * (1 - 0.6 * belly)
     solid = 0.25 * (heart + knob) - 0.25 * trachea - 0.5 * bubble + bones
-    trunk = np.sqrt(np.maximum(1 - (x / (body["width"] + 0.3 + body["fat"])) ** 2, 0.05))
-    trunk *= 0.75 + 0.9 * body["fat"] + 0.25 * _ramp(y - 0.2, 1.2)
+
+    half = body.width + 0.3 + body.fat
+    trunk = sqrt(maximum(1 - (x / half) ** 2, 0.05))
+    trunk *= 0.75 + 0.9 * body.fat + 0.25 * _ramp(y - 0.2, 1.2)
     soft = 1.9 * trunk + breast + 0.4 * belly
-    return dict(cage=cage, breath=breath, lung=lung, heart=heart, soft=soft, solid=solid)
+    return SimpleNamespace(cage=cage, breath=breath, lung=lung, heart=heart, soft=soft, solid=solid)
 
 
 def _seat(rng, lung, to_pixel):
@@ -343,61 +504,74 @@ def _seat(rng, lung, to_pixel):
 
 def _disease(rng, noise, body, x, y, at, grade, to_pixel):
     """Lung left, added depth, share of vessels left, and the region of each finding shown."""
-    lung, regions = at["lung"], {"Cardiomegaly": at["heart"] > 0}
+    lung, regions = at.lung, {"Cardiomegaly": at.heart > 0}
     extra = air = np.zeros_like(x)
     sides = (x > 0) == (rng.random((2, 1, 1)) < 0.5)
+
     if "Effusion" in grade:
-        level = at["breath"] + 0.39 - 0.55 * grade["Effusion"] - 0.20 * at["cage"]  # the meniscus
+        level = at.breath + 0.39 - 0.55 * grade["Effusion"] - 0.20 * at.cage  # the meniscus
         fluid = lung * sides[0] * _ramp(y - level, 0.06)
         regions["Effusion"] = fluid > 0.5
-        extra, lung = extra + 0.35 * fluid, lung * (1 - 0.9 * _ramp(fluid - 0.4, 0.6))
+        extra = extra + 0.35 * fluid
+        lung = lung * (1 - 0.9 * _ramp(fluid - 0.4, 0.6))
+
     if "Fibrosis" in grade:
-        where = lung * _ramp(y - at["breath"] + 0.45, 0.5) * (0.4 + 0.6 * at["cage"])
+        where = lung * _ramp(y - at.breath + 0.45, 0.5) * (0.4 + 0.6 * at.cage)
         # The zero lines of a random field make a net.
-        net = np.exp(-((_texture(noise, len(x), 0.03, 0.08) / 0.4) ** 2)) - 0.25
+        net = exp(-((_texture(noise, len(x), 0.03, 0.08) / 0.4) ** 2)) - 0.25
         extra = extra + (0.42 + 0.38 * grade["Fibrosis"]) * where * net
         regions["Fibrosis"] = where > 0.3
+
     if "Consolidation" in grade:
-        seat, (a, b) = _seat(rng, lung, to_pixel), rng.uniform(0.18, 0.34, 2)
-        cloud = lung * np.exp(-(((x - x[seat]) / a) ** 2) - ((y - y[seat]) / b) ** 2)
+        seat = _seat(rng, lung, to_pixel)
+        a, b = rng.uniform(0.18, 0.34, 2)
+        cloud = lung * exp(-(((x - x[seat]) / a) ** 2) - ((y - y[seat]) / b) ** 2)
         regions["Consolidation"] = cloud > 0.4
-        cloud = cloud * np.clip(1 + 0.45 * _texture(noise, len(x), 0.05, 0.3), 0, 2)
+        cloud = cloud * clip(1 + 0.45 * _texture(noise, len(x), 0.05, 0.3), 0, 2)
         extra = extra + (0.18 + 0.50 * grade["Consolidation"]) * cloud
+
     if "Nodule" in grade:
         seat, radius = _seat(rng, lung, to_pixel), rng.uniform(0.048, 0.078)
         ball = _ball(x, y, x[seat], y[seat], radius, radius * rng.uniform(0.85, 1.15))
         regions["Nodule"] = ball > 0
         extra = extra + (0.65 + 0.40 * grade["Nodule"]) * ball**0.7
+
     if "Pneumothorax" in grade:
         # Air collects at the top and the side; the lung falls back towards its hilum.
-        gap = np.clip(0.9 - 0.9 * (y - body["apex"]), 0, 1)
-        rim = at["cage"] - 1 + (0.30 + 0.35 * grade["Pneumothorax"]) * gap
+        gap = clip(0.9 - 0.9 * (y - body.apex), 0, 1)
+        rim = at.cage - 1 + (0.30 + 0.35 * grade["Pneumothorax"]) * gap
         air = lung * sides[1] * _ramp(rim, 0.05)
         regions["Pneumothorax"] = air > 0.5
-        extra = extra + 0.28 * lung * sides[1] * _ramp(0.035 - np.abs(rim), 0.04) - 0.20 * air
+        edge = lung * sides[1] * _ramp(0.035 - abs(rim), 0.04)
+        extra = extra + 0.28 * edge - 0.20 * air
+
     return lung, extra, 1 - air, regions
 
 
 def _outline(x, y, body):
     """1 inside the outline of neck, shoulders and trunk."""
-    wall = body["width"] + 0.07 + body["fat"] + 0.2 * np.exp(-(((y + 0.5) / 0.28) ** 2))
-    shoulder = body["apex"] - 0.22 + 0.5 * np.maximum(np.abs(x) - 0.26, 0) ** 1.2
-    neck = _ramp(0.24 + 0.3 * body["fat"] - np.abs(x), 0.05)
-    return _ramp(wall - np.abs(x), 0.05) * np.maximum(_ramp(y - shoulder, 0.05), neck)
+    wall = body.width + 0.07 + body.fat + 0.2 * exp(-(((y + 0.5) / 0.28) ** 2))
+    shoulder = body.apex - 0.22 + 0.5 * maximum(abs(x) - 0.26, 0) ** 1.2
+    neck = _ramp(0.24 + 0.3 * body.fat - abs(x), 0.05)
+    return _ramp(wall - abs(x), 0.05) * maximum(_ramp(y - shoulder, 0.05), neck)
 
 
 def _expose(rng, noise, depth, place):
     """Uint8 image of an optical depth: scatter, photon noise, film curve, side marker."""
-    primary = np.exp(-depth)
+    size = len(depth)
+    primary = exp(-depth)
     haze = _smooth(primary * (depth > 0.05), 0.25)  # air scatters nothing
-    signal = primary + rng.uniform(0.5, 1.5) * place["scatter"] * haze
-    grain = _texture(noise, len(depth), 0.006, 0.1) * place["noise"] * rng.uniform(0.6, 1.4)
-    tilt = np.linspace(-1, 1, len(depth), dtype=np.float32) * rng.normal(0, 0.08)
-    film = -np.log(signal) + grain * np.sqrt(np.minimum(0.3 / signal, 4)) + tilt
-    slope, dark = place["slope"] * rng.uniform(0.85, 1.2), place["dark"] + rng.normal(0, 0.15)
-    image = 255 / (1 + np.exp(-slope * (film - dark)))
-    row, column = (rng.uniform((0.04, 0.84), (0.14, 0.93)) * len(depth)).astype(int)
-    unit = math.ceil(len(depth) / 128)  # stroke of the letter L on the patient's left
+    signal = primary + rng.uniform(0.5, 1.5) * place.scatter * haze
+    grain = _texture(noise, size, 0.006, 0.1) * place.noise * rng.uniform(0.6, 1.4)
+    tilt = np.linspace(-1, 1, size, dtype=np.float32) * rng.normal(0, 0.08)
+    film = -np.log(signal) + grain * sqrt(np.minimum(0.3 / signal, 4)) + tilt
+    slope = place.slope * rng.uniform(0.85, 1.2)
+    dark = place.dark + rng.normal(0, 0.15)
+    image = 255 / (1 + exp(-slope * (film - dark)))
+
+    # The letter L on the patient's left; `unit` is the width of its strokes.
+    row, column = (rng.uniform((0.04, 0.84), (0.14, 0.93)) * size).astype(int)
+    unit = math.ceil(size / 128)
     image[row : row + 6 * unit, column : column + unit] = 235
     image[row + 5 * unit : row + 6 * unit, column : column + 4 * unit] = 235
     return image.round().astype(np.uint8)
@@ -412,20 +586,23 @@ def draw_phantom(seed, index, size=128, site="a"):
     Returns: dict: `image` (S, S) uint8; `mask` (S, S) uint8, 1 in the pneumothorax; `findings`
         name -> 0 or 1; `boxes` [(finding, x, y, width, height)] in pixels; `patient` str.
     """
-    place, (patient, body, severity, rng) = PHANTOM_SITES[site], phantom_case(seed, index, site)
+    place = PHANTOM_SITES[site]
+    patient, body, severity, rng = phantom_case(seed, index, site)
     # A stream of its own for the grain: the rest is the same at every `size`.
-    noise = np.random.default_rng([seed, place["code"], 3, index])
+    noise = np.random.default_rng([seed, place.code, 3, index])
     grade = {name: 0.25 + 0.75 * s for name, s in severity.items() if s > 0}  # none is invisible
     x, y, to_pixel = _pose(rng, size)
     at = _anatomy(rng, body, x, y, grade.get("Cardiomegaly", 0))
-    tree = body["vessels"] * _vessels(rng, size, to_pixel)
+    tree = body.vessels * _vessels(rng, size, to_pixel)
     lung, extra, vessels, regions = _disease(rng, noise, body, x, y, at, grade, to_pixel)
-    depth = at["soft"] * (1 - 0.58 * lung) + at["solid"] + tree * vessels * (0.15 + lung) + extra
-    image = _expose(rng, noise, np.maximum(depth, 0) * _outline(x, y, body), place)
-    edges = {f: Image.fromarray(regions[f]).getbbox() for f in grade if regions[f].any()}
-    boxes = [
-        (f, left, top, right - left, end - top) for f, (left, top, right, end) in edges.items()
-    ]
+    depth = at.soft * (1 - 0.58 * lung) + at.solid + tree * vessels * (0.15 + lung) + extra
+    image = _expose(rng, noise, maximum(depth, 0) * _outline(x, y, body), place)
+
+    boxes = []
+    for name in grade:
+        if regions[name].any():
+            left, top, right, bottom = Image.fromarray(regions[name]).getbbox()
+            boxes.append((name, left, top, right - left, bottom - top))
     mask = regions.get("Pneumothorax", np.zeros((size, size))).astype(np.uint8)
     findings = phantom_findings(severity)
     return dict(image=image, mask=mask, findings=findings, boxes=boxes, patient=patient)
@@ -440,6 +617,8 @@ BY_IMAGE = {"train": 0.7, "val": 0.15, "test": 0.15}
 CARVED = {"val": 0.1, "train": 0.9}
 EDGES = ["x", "y", "width", "height"]
 BOX = ["image", "finding", *EDGES]  # x, y is the upper left corner
+# Endings that a table may leave out.
+PICTURES = re.compile(r"\.(png|jpe?g|jfif|bmp|webp|tiff?|dcm|dicom)(\.gz)?$", re.IGNORECASE)
 
 
 @dataclass
@@ -455,6 +634,7 @@ class Listing:
     rejected: list = field(default_factory=list)  # (image, reason) pairs known so far
     allow_missing: bool = True  # missing images are listed instead of refused
     boxes: pd.DataFrame | None = None  # columns BOX, in source pixels
+    box_side: int | None = None  # boxes are in pixels of such a square, whatever the file's size
     masks: list | None = None  # one a row: path, tuple of RLE texts, or None
     sources: object = ()  # pairs of row and file, stream, (H, W) uint8 or draw_phantom's arguments
     size: int = 256  # S, unless another is asked for
@@ -465,20 +645,87 @@ class Listing:
         if self.masks:
             self.table["has_mask"] = [int(mask is not None) for mask in self.masks]
 
-    def attach(self, files, keys=None):
-        """Gives every image its file, by its name or `keys`; rejects the others; returns self."""
-        keys = pd.Series(keys or self.table["image"])
-        self.sources = [(row, files[key]) for row, key in keys.items() if key in files]
-        spare = files.keys() - set(keys)
-        self.rejected += [(name, "no row in the table") for name in files if name in spare]
-        self.refuse_missing(self.table["image"][~keys.isin(files)].tolist())
+    def attach(self, files, kind=""):
+        """Gives every image its one file, of which `kind` is the usual ending; returns self."""
+        self.sources, lost = [], []
+        for row, name in enumerate(self.table["image"]):
+            found = files.find(name, kind)
+            if len(found) == 1:
+                self.sources.append((row, files.take(found[0])))
+            elif found:
+                self.rejected.append((name, f"several files: {found}"))
+                lost.append(f"{name}, several files: {found}")
+            else:
+                lost.append(name)
+        self.reject_others(files)
+        self.refuse_missing(lost)
         return self
+
+    def reject_others(self, files):
+        """Rejects the files that are neither an image, a mask nor a label file."""
+        lists = [os.path.abspath(path) for path in self.lists]
+        for name, path in files.spare.items():
+            if os.path.abspath(path) not in lists:
+                self.rejected.append((name, "no row in the table"))
 
     def refuse_missing(self, names):
         """The one line for images that have no file."""
         if names and not self.allow_missing:
             found = f"{len(names):,} of {len(self.table):,} images have no file, first {names[0]}"
             raise PrepError(f"{found}; complete --raw, or give --allow-missing")
+
+
+class Files:
+    """The files below a folder, links included: name relative to it -> path."""
+
+    def __init__(self, root):
+        self.paths, self.by_ending = {}, {}
+        for path in sorted(list_files(root)):
+            name = os.fsencode(Path(path).relative_to(root).as_posix())
+            name = name.decode(errors="backslashreplace")
+            self.paths[name] = path
+            ending = plain(name)
+            while ending:
+                self.by_ending.setdefault(ending, []).append(name)
+                if ending.startswith("masks/"):  # a mask is never an image
+                    break
+                ending = ending.partition("/")[2]
+        self.spare = dict(self.paths)
+
+    def find(self, name, kind=""):
+        """Names of the files that a table may mean by a name: one, if all is well.
+
+        The name may lack folders or the ending, begin with `./`, have another form of Unicode.
+        """
+        for exact in (name, f"images/{name}"):
+            if exact in self.paths:
+                return [exact]
+        found = self.by_ending.get(plain(name), [])
+        return [file for file in found if file.lower().endswith(kind)] or found
+
+    def take(self, name):
+        """The path of a file that no other image has; `spare` are those without any."""
+        require(name in self.spare, f"two images of the table are one file, {name}")
+        return self.spare.pop(name)
+
+
+def list_files(folder, above=()):
+    """Paths of all files below a folder; links to folders are followed, but not in a circle."""
+    place, paths = os.path.realpath(folder), []
+    if place in above:
+        return []
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            paths += list_files(entry.path, (*above, place))
+        else:
+            paths.append(entry.path)
+    return paths
+
+
+def plain(name):
+    """A file's name with `/`, without `./` and picture endings, in one form of Unicode."""
+    name = unicodedata.normalize("NFC", name.replace("\\", "/"))
+    return PICTURES.sub("", PurePosixPath(name).as_posix())
 
 
 def split_table(table):
@@ -491,15 +738,20 @@ def split_table(table):
     Returns: (table, rule): the completed copy, and how it is split in words.
     Raises: PrepError on a blank, an image twice, an unknown split, or a patient in two splits.
     """
-    unit, shares = ("patient", BY_PATIENT) if "patient" in table else ("image", BY_IMAGE)
+    unit, shares = "image", BY_IMAGE
+    if "patient" in table:
+        unit, shares = "patient", BY_PATIENT
     table, rule = table.assign(patient=table[unit]), "as given"
     if "split" not in table:
         rule = f"{shares} by {unit}, by SHA-256 of the id"
-        table["split"] = [hash_split(p, shares) for p in table["patient"]]
+        if unit == "image":
+            rule += "; a patient with several images may be in several splits"
+        table["split"] = [hash_split(key, shares) for key in table[unit]]
     elif "val" not in set(table["split"]):
         rule = "test set as given; validation: a tenth of the other patients, by SHA-256 of the id"
-        drawn = [hash_split(p, CARVED) for p in table["patient"]]
+        drawn = [hash_split(key, CARVED) for key in table["patient"]]
         table["split"] = table["split"].mask(table["split"] == "train", drawn)
+
     pairs = table.drop_duplicates(["patient", "split"])
     for names, kind in ((table["image"], "conflicting rows"), (pairs["patient"], "two splits")):
         odd = names[names.duplicated() | (names == "")].tolist()
@@ -516,7 +768,11 @@ def hash_split(key, shares=BY_PATIENT):
     Returns: a key of `shares`; the same on every machine.
     """
     place = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 16**8
-    return [*shares][np.searchsorted(np.cumsum([*shares.values()]), place, side="right")]
+    for split, share in shares.items():
+        place -= share
+        if place < 0:
+            break
+    return split
 
 
 @contextlib.contextmanager
@@ -546,13 +802,42 @@ def read_table(path, columns, numeric=()):
         require(set(columns) <= set(table), found)
         if isinstance(columns, dict):
             table = table[[*columns]].rename(columns=columns)
-        return table.assign(**{c: table[c].replace("", "nan").astype(float) for c in numeric})
+        for name in numeric:
+            table[name] = table[name].replace("", "nan").astype(float)
+        return table
 
 
-def index_files(root, suffixes, key=lambda path: path.stem):
-    """Every file below `root` with one of the suffixes: name by `key` -> path."""
-    paths = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in suffixes)
-    return {key(path): str(path) for path in reversed(paths)}
+def read_findings(table, chosen, uncertain):
+    """Turns finding columns into "0", "1" or "" in place; returns their names.
+
+    Args:
+        chosen: their names, "A,B"; None takes every column that has no other use.
+        uncertain: what -1 becomes: "blank", "0" or "1".
+    Raises: PrepError on a column with another value, or none.
+    """
+    columns = [c for c in table if c not in ("image", "patient", "split", "mask", "has_mask")]
+    if chosen:
+        columns = [name.strip() for name in chosen.split(",")]
+    meaning = {"true": "1", "false": "0", "nan": "", "-1": uncertain.replace("blank", "")}
+    for name in columns:
+        require(name in table, f"no column {name!r}; there are {list(table)}")
+        values = table[name].str.lower().str.removesuffix(".0").replace(meaning)
+        odd = table[name][~values.isin(["0", "1", ""])].tolist()
+        held = f"column {name!r} holds {odd[:1] or 'nothing'}, a finding 0, 1, blank or -1"
+        require((values != "").any() and not odd, f"{held}; choose with --findings A,B")
+        table[name] = values
+    return columns
+
+
+def add_patients(table, lists, path):
+    """Completes a table by the column `patient` of a file `image,patient`, if one is given."""
+    if path is None:
+        return table, lists
+    known = read_table(path, {"image": "image", "patient": "patient"}).drop_duplicates()
+    table = table.merge(known, "left", "image")
+    lost = table["image"][table["patient"].isna()].tolist()
+    require(not lost, f"{path}: no row for {len(lost)} images, first {lost[:1]}")
+    return table, [*lists, path]
 
 
 def rle_decode(text, rows, columns):
@@ -567,7 +852,8 @@ def rle_decode(text, rows, columns):
     """
     values, flat, at = [int(v) for v in text.split()], np.zeros(rows * columns, bool), 0
     for gap, length in zip(values[::2], values[1::2], strict=True):
-        start, at = at + gap, at + gap + length
+        start = at + gap
+        at = start + length
         fits = gap >= 0 and length >= 1 and at <= flat.size
         require(fits, f"RLE run of {length} after a gap of {gap} leaves {rows} x {columns}")
         flat[start:at] = True
@@ -599,7 +885,7 @@ def refuse_changed(old, new, folder):
     """Raises PrepError naming the first option in which two plans differ."""
     for key, value in new.items():
         change = f"{key} {old.get(key)}, now asked: {value}; give --overwrite or another --out"
-        require(old.get(key) == value, f"{folder} was made with {change}")
+        require(old.get(key, value) == value, f"{folder} was made with {change}")
 
 
 def prepare_picture(task, size):
@@ -609,17 +895,19 @@ def prepare_picture(task, size):
     Returns: (note, picture, mask): the journal entry and the bytes of two (S, S) uint8 arrays,
         blank without a mask, none at all for a rejected picture.
     """
-    (row, source, mask), note, stage = task, {"row": task[0]}, ""
-    shrunk = np.zeros((size, size), np.uint8)
+    row, source, mask = task
+    note, stage, shrunk = {"row": row}, "", bytes(size * size)
     try:
         if isinstance(source, dict):
             drawn = draw_phantom(size=size, **source)
             source, mask, note["boxes"] = drawn["image"], drawn["mask"], drawn["boxes"]
         elif not isinstance(source, np.ndarray):
             source = read_xray(source)
-        picture, stage = resize_xray(source, size), "mask: "
+        picture = resize_xray(source, size)
+        require(np.ptp(picture) > 0, "all pixels have one value")
+        stage = "mask: "
         if isinstance(mask, str):
-            mask = read_xray(mask)
+            mask = read_gray(mask)
         elif isinstance(mask, tuple):
             parts = [rle_decode(text, *source.shape) for text in mask]
             mask = np.any([np.zeros(source.shape, bool), *parts], axis=0)
@@ -627,30 +915,45 @@ def prepare_picture(task, size):
             shrunk = resize_xray(np.uint8(255) * (mask > mask.max() / 2), size) // 128
     except ValueError as e:
         return {"row": row, "reason": stage + one_line(e)}, b"", b""
-    note["sha256"] = hashlib.sha256(picture.tobytes()).hexdigest()
+    note["sha256"] = hashlib.sha256(picture).hexdigest()
     note["height"], note["width"] = source.shape
-    return note, picture.tobytes(), shrunk.tobytes()
+    return note, bytes(picture), bytes(shrunk)
+
+
+def usable_cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _start_worker():
-    """Leaves Ctrl-C to the parent, ends with it even when it is killed, keeps freed memory."""
-    with contextlib.suppress(AttributeError, TypeError):  # without glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: a picture's pages stay, a fifth of its time
-        mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
+    """Leaves Ctrl-C to the parent, and ends with it even when it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
 
+@contextlib.contextmanager
+def _worker_pool(workers):
+    """Processes that import this module alone, started anew on every system."""
+    # A new process imports the main module of the old one, which may be mlvicx.py with torch.
+    main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
+            yield pool
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _in_batches(tasks, size, workers):
     """Lists of prepared pictures, in the order of the tasks, which are read one batch ahead."""
-    # Forking is quicker by a second, and not safe beside torch's threads.
-    context = get_context("spawn" if "torch" in sys.modules else None)
-    tasks, work, running = iter(tasks), functools.partial(prepare_picture, size=size), ()
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        apply = map if workers == 1 else functools.partial(pool.map, chunksize=CHUNK)
-        while batch := list(itertools.islice(tasks, BATCH)):
-            running, finished = apply(work, batch), running
+    running, run = [], map  # one worker is this process
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            pool = stack.enter_context(_worker_pool(workers))
+            run = functools.partial(pool.map, chunksize=CHUNK)
+        for batch in iter(lambda: list(itertools.islice(tasks, BATCH)), []):
+            finished, running = running, run(prepare_picture, batch, itertools.repeat(size))
             yield list(finished)
         yield list(running)
 
@@ -660,9 +963,10 @@ def _resume(journal, arrays, plan, size):
     journal.seek(0)
     lines = [line for line in journal if line.endswith(b"\n")]  # the last may be torn
     journal.truncate(sum(map(len, lines)))
-    first, *notes = map(json.loads, lines or [json.dumps(plan)])
-    refuse_changed(first, plan, Path(journal.name).parent)
-    if not lines:
+    notes = [json.loads(line) for line in lines]
+    if notes:
+        refuse_changed(notes.pop(0), plan, Path(journal.name).parent)
+    else:
         journal.write(json.dumps(plan).encode() + b"\n")
     end = HEADER + sum("reason" not in note for note in notes) * size**2
     for array in arrays:
@@ -670,8 +974,40 @@ def _resume(journal, arrays, plan, size):
     return notes
 
 
+def _prepare_pictures(listing, folder, names, plan, size, workers):
+    """Appends every picture of a listing to the files `names`, journal first; all its notes."""
+    total = len(listing.table)
+    with contextlib.ExitStack() as stack:
+        journal, *arrays = [stack.enter_context(open(folder / name, "a+b")) for name in names]
+        try:
+            if fcntl:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PrepError(f"{folder} is being written by another process; wait for it") from None
+        notes = _resume(journal, arrays, plan, size)
+        done = {note["row"] for note in notes}
+        masks = dict(enumerate(listing.masks or ()))
+        todo = (pair for pair in listing.sources if pair[0] not in done)
+        tasks = ((row, source, masks.get(row)) for row, source in todo)
+        bar = stack.enter_context(tqdm(total=total, initial=len(notes), disable=None))
+        batches = contextlib.closing(_in_batches(tasks, size, workers))
+        for batch in stack.enter_context(batches):
+            for index, array in enumerate(arrays, 1):
+                array.write(b"".join(prepared[index] for prepared in batch))
+                array.flush()
+                os.fsync(array.fileno())  # before the notes on these pixels
+            for note, *_ in batch:
+                journal.write(json.dumps(note).encode() + b"\n")
+                notes.append(note)
+            journal.flush()
+            bar.update(len(batch))
+            if bar.disable and len(notes) % 1000 < len(batch):
+                print(f"{folder}: {len(notes):,} of {total:,}", flush=True)
+    return notes
+
+
 def write_prepared(listing, out, options, size=None, workers=1):
-    """Prepares a listing into the folder `out`; goes on where an earlier run was stopped.
+    """Prepares a listing into the folder `out`; resumes where an earlier run was stopped.
 
     Args:
         listing: `Listing`; out: folder to make; its last part is the name of the set.
@@ -680,50 +1016,34 @@ def write_prepared(listing, out, options, size=None, workers=1):
     Raises: PrepError.
     """
     out, folder, size = Path(out), Path(f"{out}.partial"), size or listing.size
-    total, masks = len(listing.table), listing.masks or None
-    listed = repr((listing.table.to_csv(), masks)).encode()
-    plan = options | {"list": hashlib.sha256(listed).hexdigest()}
-    names = ["progress.jsonl", "images.npy", *["masks.npy"] * bool(masks)]
+    named = f"the table names {listing.table['image'][:1].tolist()}, a file {listing.rejected[:1]}"
+    require(listing.sources != [], f"none of {len(listing.table)} images has a file: {named}")
+    listed = repr((listing.table.to_csv(), listing.masks or None)).encode()
+    plan = dict(options, list=hashlib.sha256(listed).hexdigest())
+    names = ["progress.jsonl", "images.npy"]
+    if listing.masks:
+        names.append("masks.npy")
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        journal, *arrays = [stack.enter_context(open(folder / name, "a+b")) for name in names]
-        try:
-            if fcntl:
-                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PrepError(f"{out} is being prepared by another process; wait for it") from None
-        notes = _resume(journal, arrays, plan, size)
-        done = {note["row"] for note in notes}
-        tasks = ((k, source, masks and masks[k]) for k, source in listing.sources if k not in done)
-        bar = stack.enter_context(tqdm(total=total, initial=len(notes), disable=None))
-        for batch in filter(None, _in_batches(tasks, size, workers)):
-            new, *pixels = zip(*batch, strict=True)
-            for array, parts in zip(arrays, pixels, strict=False):
-                array.write(b"".join(parts))
-                os.fsync(array.flush() or array.fileno())  # before the notes on these pixels
-            journal.write("".join(json.dumps(note) + "\n" for note in new).encode())
-            journal.flush()
-            notes += new
-            bar.update(len(new))
-            if bar.disable and len(notes) % 1000 < len(new):
-                print(f"{out}: {len(notes):,} of {total:,}", flush=True)
-    if all("reason" in note for note in notes):  # nothing to go on from
+    notes = _prepare_pictures(listing, folder, names, plan, size, workers)
+    if all("reason" in note for note in notes):  # nothing to resume from
         remove_prepared(folder)
+
     tables = _tables(listing, notes, size)
     labels, rejected = tables["labels.csv"], len(tables["rejected.csv"])
-    for name in names[1:]:
-        with open(folder / name, "r+b") as f:
-            about = dict(descr="|u1", fortran_order=False, shape=(len(labels), size, size))
-            np.lib.format.write_array_header_1_0(f, about)  # HEADER bytes
     for name, table in tables.items():
         table.to_csv(folder / name, index=False, lineterminator="\n")
+    shape = (len(labels), size, size)
+    for name in names[1:]:
+        with open(folder / name, "r+b") as f:
+            about = dict(descr="|u1", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(f, about)  # HEADER bytes
     counts = {split: int((labels["split"] == split).sum()) for split in SPLITS}
-    meta = {"format": 1, "name": out.name, "size": size, "images": len(labels)}
-    meta |= {"findings": listing.findings, "counts": counts, "rejected": rejected}
-    meta |= {"split_rule": listing.rule} | listing.extra | {"options": options}
-    meta["sources"] = {Path(path).name: file_digest(path) for path in listing.lists}
+    meta = dict(format=1, name=out.name, size=size, images=len(labels), findings=listing.findings)
+    meta.update(counts=counts, rejected=rejected, split_rule=listing.rule, **listing.extra)
+    meta.update(options=options, sources={Path(p).name: file_digest(p) for p in listing.lists})
     meta["images_sha256"] = file_digest(folder / "images.npy")
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
     if out.exists():
         remove_prepared(out)
     os.replace(folder, out)
@@ -736,20 +1056,29 @@ def _tables(listing, notes, size):
     image, boxes = listing.table["image"], listing.boxes
     missing = image.drop([note["row"] for note in notes]).tolist()
     listing.refuse_missing(missing)
-    bad = [(image[note["row"]], note["reason"]) for note in notes if "reason" in note]
-    rejected = [*listing.rejected, *bad, *((name, "file not found") for name in missing)]
+    rejected = [*listing.rejected]
+    for note in notes:
+        if "reason" in note:
+            rejected.append((image[note["row"]], note["reason"]))
+    several = dict(rejected)
+    rejected += [(name, "file not found") for name in missing if name not in several]
     good = [note for note in notes if "reason" not in note]
     require(good, f"none of {len(image)} images could be read; first: {rejected[:1]}")
+
     good = pd.DataFrame(good).join(listing.table, on="row")
+    sizes = good[["image", "sha256", "height", "width"]]
+    columns = ["image", "patient", "split", *listing.findings]
+    if listing.masks:
+        columns.append("has_mask")
+    tables = {"labels.csv": good[columns], "hashes.csv": sizes}
+    tables["rejected.csv"] = pd.DataFrame(rejected, columns=["image", "reason"])
     if "boxes" in good:  # drawn: boxes come with the pictures
         drawn = good[["image", "boxes"]].to_numpy()
         boxes = pd.DataFrame([(name, *box) for name, found in drawn for box in found], columns=BOX)
-    columns = ["image", "patient", "split", *listing.findings, *["has_mask"] * bool(listing.masks)]
-    tables = {"labels.csv": good[columns]}
-    tables["hashes.csv"] = good[["image", "sha256", "height", "width"]]
-    tables["rejected.csv"] = pd.DataFrame(rejected, columns=["image", "reason"])
     if boxes is not None:
-        tables["boxes.csv"] = scale_boxes(boxes, tables["hashes.csv"], size)
+        if listing.box_side:
+            sizes = sizes.assign(height=listing.box_side, width=listing.box_side)
+        tables["boxes.csv"] = scale_boxes(boxes, sizes, size)
     return tables
 
 
@@ -783,50 +1112,63 @@ Pulmonary fibrosis""".replace("\n", "").split(",")
 
 def list_demo(site="a", count=4000, seed=0):
     """Phantoms drawn by code, with masks and boxes; they are drawn when they are prepared."""
-    sources = [dict(seed=seed, index=k, site=site) for k in range(count)]
-    cases = [phantom_case(**source) for source in sources]
-    table = pd.DataFrame([phantom_findings(severity) for _, _, severity, _ in cases])
-    table["image"] = [f"phantom-{site}-{k:05d}" for k in range(count)]
-    table["patient"] = [patient for patient, *_ in cases]
+    sources, rows = [dict(seed=seed, index=k, site=site) for k in range(count)], []
+    for k, source in enumerate(sources):
+        patient, _, severity, _ = phantom_case(**source)
+        row = phantom_findings(severity)
+        row.update(image=f"phantom-{site}-{k:05d}", patient=patient)
+        rows.append(row)
     extra = {"groups": {"coarse": PHANTOM_COARSE, "fine": PHANTOM_FINE}}
-    findings, masks = [*PHANTOM_FINDINGS, "No Finding"], ["drawn"] * count
+    findings, masks = [*PHANTOM_FINDINGS, "No Finding"], ["drawn" for _ in rows]
+    table = pd.DataFrame(rows)
     return Listing(table, findings, masks=masks, sources=enumerate(sources), extra=extra)
 
 
-def list_folder(raw, csv=None):
+def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
     """Any folder of X-rays with a table: `image`, optional `patient`, `split`, `mask`, findings.
 
     Args:
         raw: folder with the files, or with `images/` and `masks/`.
-        csv: table, inside `raw` or a path; None takes every image, without labels.
-    Returns: `Listing`. A column is a finding if its values are 0, 1 or blank; others are ignored
-        and named. Rows without a file inside `raw`, and files without a row, are rejected.
+        csv: table, inside `raw` or a path; None takes every image, without labels. Beside it there
+            may be a `boxes.csv` with the columns BOX, in pixels of the files.
+        findings, uncertain: as `chosen` and `uncertain` of `read_findings`.
+    Returns: `Listing`. Rows without a file inside `raw`, and files without a row, are rejected.
     """
-    files = index_files(raw, PICTURES + DICOMS, lambda p: p.relative_to(raw).as_posix())
-    images = {name: path for name, path in files.items() if not name.startswith("masks/")}
-    require(images, f"looked for PNG, JPEG and DICOM files in {raw}: found 0 X-rays")
-    table, lists = pd.DataFrame({"image": sorted(images)}), []
+    files, lists, boxes = Files(raw), [], None
+    names = [name for name in files.paths if not name.startswith("masks/")]
+    require(names, f"looked for X-rays in {raw}: found 0 X-rays")
+    table = pd.DataFrame({"image": names})
     if csv:
-        lists = [Path(raw, csv) if Path(raw, csv).is_file() else Path(csv)]
+        lists = [Path(raw, csv)]
+        if not lists[0].is_file():
+            lists = [Path(csv)]
         table = read_table(lists[0], ["image"]).drop_duplicates(ignore_index=True)
-    masks = table.pop("mask") if "mask" in table else []
-    others = [c for c in table if c not in ("image", "patient", "split", "has_mask")]
-    findings = [c for c in others if {""} != set(table[c]) <= {"0", "1", "0.0", "1.0", ""}]
-    table[findings] = table[findings].replace({"0.0": "0", "1.0": "1"})
-    ignored = [c for c in others if c not in findings]
-    print(f"ignored columns, not 0/1/blank: {', '.join(ignored) or 'none'}")
-    # A mask that is not there gets the path "", and is rejected when it is read.
-    masks = [files.get(f"masks/{name}", "") if name else None for name in masks]
-    listing = Listing(table, findings, lists, masks=masks)
-    return listing.attach(images, [n if n in images else f"images/{n}" for n in table["image"]])
+        path = lists[0].with_name("boxes.csv")
+        if path.is_file():
+            lists.append(path)
+            boxes = read_table(path, dict(zip(BOX, BOX, strict=True)), EDGES)
+            known = boxes["image"].isin(table["image"]) & boxes[EDGES].notna().all(axis=1)
+            require(known.all(), f"{path}: a box without numbers, or of an image not in the table")
+    masks = []
+    for name in table.get("mask", []):
+        path = None
+        if name:
+            path = ""  # of a mask that is not there: rejected when it is read
+            for found in files.find(f"masks/{name}"):
+                path = files.paths[found]
+                files.spare.pop(found, None)
+        masks.append(path)
+    columns = read_findings(table, findings, uncertain)
+    return Listing(table, columns, lists, masks=masks, boxes=boxes).attach(files)
 
 
-def list_nih(raw, allow_missing=False):
+def list_nih(raw=None, allow_missing=False):
     """NIH ChestX-ray14, folders or archives, which are streamed, not unpacked.
 
     Args:
         raw: folder with either edition of `Data_Entry_2017*.csv`, `train_val_list.txt`,
-            `test_list.txt`, perhaps `BBox_List_2017.csv`, and PNGs at any depth or archives.
+            `test_list.txt`, perhaps `BBox_List_2017.csv`, and images at any depth, of any size, or
+            archives.
         allow_missing: list missing images instead of refusing.
     Returns: `Listing`, 14 findings ("No Finding" is the absence of all).
     Raises: PrepError on an unknown finding, an odd name or patient, or an image in both lists.
@@ -841,22 +1183,30 @@ def list_nih(raw, allow_missing=False):
         fits = re.fullmatch(r"[0-9]{8}_[0-9]{3}\.png", name) and name[:8] == patient.zfill(8)
         fits = fits and (found == {"No Finding"} or found <= set(NIH_FINDINGS))
         require(fits, f"{entries}: image {name!r}, patient {patient!r}, labels {found}")
-    table = table.assign(**{f: [int(f in found) for found in sets] for f in NIH_FINDINGS})
+    for finding in NIH_FINDINGS:
+        table[finding] = [int(finding in found) for found in sets]
     table["patient"] = table["patient"].str.lstrip("0")
-    train, test = (set(path.read_text("utf-8-sig").split()) for path in lists[1:])
-    both = sorted(train & test)
+
+    train, test = (path.read_text("utf-8-sig").split() for path in lists[1:])
+    both = sorted(set(train) & set(test))
     require(not both, f"{both[:1]} is in both {lists[1]} and {lists[2]}")
-    table["split"] = table["image"].map(dict.fromkeys(train, "train") | dict.fromkeys(test, "test"))
+    splits = dict.fromkeys(train, "train")
+    splits.update(dict.fromkeys(test, "test"))
+    table["split"] = table["image"].map(splits)
     lost = [(name, "in neither official list") for name in table["image"][table["split"].isna()]]
     listing = Listing(table.dropna(ignore_index=True), NIH_FINDINGS, lists, lost, allow_missing)
     if (raw / "BBox_List_2017.csv").is_file():
         lists.append(raw / "BBox_List_2017.csv")
         names = dict(zip("Image Index,Finding Label,Bbox [x,y,w,h]".split(","), BOX, strict=True))
         listing.boxes = read_table(lists[-1], names, EDGES).replace("Infiltrate", "Infiltration")
-    files, archives = index_files(raw, [".png"], lambda p: p.name), [*raw.glob("images_*.tar.gz")]
-    if files or not archives:
-        return listing.attach(files)
-    listing.sources = _read_archives(sorted(archives), listing.table["image"], lost)
+        listing.box_side = 1024
+    files, archives = Files(raw), sorted(raw.glob("images_*.tar.gz"))
+    if not archives or any(PICTURES.search(name) for name in files.paths):
+        return listing.attach(files, ".png")
+    for path in archives:
+        files.take(path.name)
+    listing.reject_others(files)
+    listing.sources = _read_archives(archives, listing.table["image"], lost)
     return listing
 
 
@@ -867,15 +1217,14 @@ def _read_archives(archives, names, rejected):
         with reading(archive), tarfile.open(archive, "r|gz") as tar:
             for member in tar:
                 fits = member.isreg() and member.size <= MAX_BYTES
-                row = rows.pop(member.name, None) if fits else None
-                if row is not None:
-                    yield row, io.BytesIO(tar.extractfile(member).read())
+                if fits and member.name in rows:
+                    yield rows.pop(member.name), io.BytesIO(tar.extractfile(member).read())
                 elif not member.isdir():
                     reason = f"{archive.name}: not a file of the list, or there twice"
                     rejected.append((member.name, reason))
 
 
-def list_chestmnist(raw):
+def list_chestmnist(raw=None):
     """ChestMNIST, NIH images at 28 to 224 px; --raw is the .npz.
 
     Args: raw: the .npz file as published.
@@ -907,8 +1256,12 @@ def _read_npz(npz):
                     yield np.frombuffer(f.read(math.prod(shape)), np.uint8).reshape(shape)
 
 
-def list_rsna(raw, allow_missing=False):
-    """RSNA pneumonia 2018, boxes: `stage_2_train_labels.csv`, `stage_2_train_images/*.dcm`."""
+def list_rsna(raw=None, patients=None, allow_missing=False):
+    """RSNA pneumonia 2018, boxes: `stage_2_train_labels.csv`, `stage_2_train_images/*.dcm`.
+
+    These are NIH's pictures, several of one patient, under other names: a split by image is not one
+    by patient, unless `patients`, a table `image,patient`, says who is who.
+    """
     csv = Path(raw, "stage_2_train_labels.csv")
     names = {"patientId": "image", **dict(zip(EDGES, EDGES, strict=True)), "Target": "Pneumonia"}
     rows = read_table(csv, names, EDGES).drop_duplicates().assign(finding="Pneumonia")
@@ -916,22 +1269,27 @@ def list_rsna(raw, allow_missing=False):
     fits = (rows["Pneumonia"] == edges.map({0: "0", 4: "1"})).all()
     require(fits, f"{csv}: expected a box in every row of Target 1 and in none of Target 0")
     table = rows[["image", "Pneumonia"]].drop_duplicates(ignore_index=True)
-    table, boxes = table.astype({"Pneumonia": int}), rows.loc[edges == 4, BOX]
-    listing = Listing(table, ["Pneumonia"], [csv], boxes=boxes, allow_missing=allow_missing)
-    return listing.attach(index_files(Path(raw, "stage_2_train_images"), DICOMS))
+    table, lists = add_patients(table.astype({"Pneumonia": int}), [csv], patients)
+    boxes = rows.loc[edges == 4, BOX]
+    listing = Listing(table, ["Pneumonia"], lists, boxes=boxes, allow_missing=allow_missing)
+    return listing.attach(Files(raw), ".dcm")
 
 
-def list_siim(raw, allow_missing=False):
-    """SIIM-ACR pneumothorax 2019, masks: table of RLE, a row a region, and DICOMs at any depth."""
+def list_siim(raw=None, patients=None, allow_missing=False):
+    """SIIM-ACR pneumothorax 2019, masks: table of RLE, a row a region, and DICOMs at any depth.
+
+    NIH's pictures, too: `patients` is as in `list_rsna`.
+    """
     csv = [Path(raw, "train-rle.csv"), *Path(raw).glob("stage_2_train.csv")][-1]
     rows = read_table(csv, ["ImageId", "EncodedPixels"]).drop_duplicates()
     texts = rows.groupby("ImageId", sort=False)["EncodedPixels"].agg(tuple)
     odd = [name for name, t in texts.items() if "" in t or ("-1" in t and len(t) > 1)]
     require(not odd, f"{csv}: image {odd[:1]} has a blank, or both -1 and a region")
-    masks = [() if t == ("-1",) else t for t in texts]
+    masks = [tuple(t for t in row if t != "-1") for row in texts]
     table = pd.DataFrame({"image": texts.index, "Pneumothorax": [int(bool(m)) for m in masks]})
-    listing = Listing(table, ["Pneumothorax"], [csv], masks=masks, allow_missing=allow_missing)
-    return listing.attach(index_files(raw, DICOMS))
+    table, lists = add_patients(table, [csv], patients)
+    listing = Listing(table, ["Pneumothorax"], lists, masks=masks, allow_missing=allow_missing)
+    return listing.attach(Files(raw), ".dcm")
 
 
 def vinbig_labels(csv, boxes_csv=None, readers="majority"):
@@ -947,31 +1305,37 @@ def vinbig_labels(csv, boxes_csv=None, readers="majority"):
     names = dict(zip("image_id class_name x_min y_min x_max y_max".split(), BOX, strict=True))
     boxes = read_table(boxes_csv or csv, names, EDGES).replace({"finding": other})
     boxes[["width", "height"]] -= boxes[["x", "y"]].to_numpy()
-    rows = read_table(csv, ["image_id"] if boxes_csv else ["rad_id"]).rename(columns=other)
-    findings = [c for c in rows if c.lower() not in ("image_id", "rad_id", "no finding")]
-    if boxes_csv is None:
-        findings, odd = VINBIG_FINDINGS, {*rows["class_name"]} - {*VINBIG_FINDINGS, "No finding"}
+    if boxes_csv:
+        rows = read_table(csv, ["image_id"]).rename(columns=other)
+        findings = [c for c in rows if c.lower() not in ("image_id", "rad_id", "no finding")]
+    else:
+        rows, findings = read_table(csv, ["rad_id"]), VINBIG_FINDINGS
+        odd = {*rows["class_name"]} - {*findings, "No finding"}
         require(not odd, f"{csv}: unknown classes {odd}")
         seen = pd.get_dummies(rows.set_index(["image_id", "rad_id"])["class_name"], dtype=int)
         rows = seen.groupby(level=[0, 1], sort=False).max().reset_index()
         rows = rows.reindex(columns=["image_id", *findings], fill_value=0)
     valid = rows[findings].astype(str).isin(["0", "1"]).all(axis=None)
     require(valid, f"{csv}: expected 0 or 1 in every finding")
+
     share = rows[findings].astype(float).groupby(rows["image_id"], sort=False).mean()
-    present = share > (0.5 if readers == "majority" else 0)
-    kept = present.stack()
-    kept = pd.MultiIndex.from_frame(boxes[["image", "finding"]]).isin(kept.index[kept])
+    present = share > 0
+    if readers == "majority":
+        present = share > 0.5
+    seen = present.stack()
+    seen = set(seen.index[seen])
+    kept = [pair in seen for pair in zip(boxes["image"], boxes["finding"], strict=True)]
     table = present.astype(int).rename_axis(index="image", columns=None).reset_index()
     return table, boxes[kept]
 
 
-def list_vinbig(raw, readers="majority", allow_missing=False):
+def list_vinbig(raw=None, readers="majority", allow_missing=False):
     """VinBigData / VinDr-CXR: Kaggle's `train.csv`, `train/*.dicom`, or PhysioNet's folders.
 
     Args: as for `vinbig_labels` and `list_nih`.
     Returns: `Listing`; PhysioNet's test set is kept, Kaggle's images are split by image.
     """
-    files, lists = index_files(Path(raw, "train"), DICOMS), [Path(raw, "train.csv")]
+    lists = [Path(raw, "train.csv")]
     if lists[0].is_file():
         table, boxes = vinbig_labels(lists[0], None, readers)
     else:
@@ -981,11 +1345,10 @@ def list_vinbig(raw, readers="majority", allow_missing=False):
         test, more = vinbig_labels(*lists[2:], readers)
         table = [train.assign(split="train"), test.assign(split="test")]
         table, boxes = pd.concat(table, ignore_index=True), pd.concat([boxes, more])
-        files |= index_files(Path(raw, "test"), DICOMS)
     findings = [c for c in table if c not in ("image", "split")]
     listing = Listing(table, findings, lists, boxes=boxes, allow_missing=allow_missing)
     listing.rule += f"; labels by {readers} of the readers"
-    return listing.attach(files)
+    return listing.attach(Files(raw), ".dicom")
 
 
 # ================================================================================================
@@ -1010,7 +1373,7 @@ CHESTMNIST_FILES = {
 
 
 def download(url, path, md5=None, attempts=5):
-    """Fetches a file; a broken transfer is gone on with, a whole file is not fetched again.
+    """Fetches a file; a broken transfer is resumed, a whole file is not fetched again.
 
     Args:
         url, path: from and to; `<path>.part` holds what has come so far.
@@ -1022,13 +1385,16 @@ def download(url, path, md5=None, attempts=5):
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
     for _ in range(attempts):
         # From one byte back: a server refuses to send nothing after a whole file.
-        have = max(part.stat().st_size - 1, 0) if part.exists() else 0
+        have = max(part.stat().st_size - 1, 0)
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
             with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab") as f:
-                have = f.truncate(have if reply.status == 206 else 0)
+                if reply.status != 206:  # the whole file comes
+                    have = 0
+                f.truncate(have)
                 total = have + int(reply.headers["Content-Length"])
                 with tqdm.wrapattr(reply, "read", total, initial=have, disable=None) as body:
                     shutil.copyfileobj(body, f)
@@ -1038,7 +1404,7 @@ def download(url, path, md5=None, attempts=5):
         except Exception as e:
             why = one_line(e)
     else:
-        raise PrepError(f"{url}: {why}; the same command goes on with the transfer")
+        raise PrepError(f"{url}: {why}; the same command resumes the transfer")
     if md5 and file_digest(part, "md5") != md5:
         part.unlink()
         raise PrepError(f"{url} is not the published file (its MD5 differs); start again")
@@ -1061,25 +1427,12 @@ def fetch(command, folder, size):
 # ================================================================================================
 # 7. Verify
 # ================================================================================================
-# Published counts: images, No Finding, then the findings in order; train + val and test where the
-# test set is official.
-KNOWN_COUNTS = {
-    "nih": "86524+25596 50500+9861 8280+3279 1707+1069 8659+4658 13782+6112 4034+1748 4708+1623 "
-    "876+555 2637+2665 2852+1815 1378+925 1423+1093 1251+435 2242+1143 141+86",
-    "chestmnist": "89687+22433",
-    "rsna": "26684 20672 6012",
-    "siim": "12047 9378 2669",
-    "vinbig any": "15000 10606 3067 186 452 2300 353 386 613 1322 826 1134 1032 1981 96 1617",
-    "vinbig majority": "15000 - 2346 62 177 1817 121 152 245 547 405 362 634 882 58 1017",
-}
-
-
 def verify(folder):
     """Checks a prepared folder against its own hashes and counts, and prints what is in it.
 
     Args: folder: prepared folder.
     Returns: list of problems, one line each: changed bytes, wrong counts, one picture in two
-        splits. Duplicates within a split and blank pictures are only printed.
+        splits. Duplicates within a split are only printed.
     Raises: PrepError or OSError if the folder is incomplete, or a patient is in two splits.
     """
     folder, problems = Path(folder), []
@@ -1090,54 +1443,56 @@ def verify(folder):
     if {len(labels), len(hashes), len(images)} != {meta["images"]}:
         return [f"{len(labels)} rows, {len(images)} pictures; meta.json says {meta['images']}"]
     split_table(labels)  # refuses a patient in two splits
-    digests = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
-    blank = [name for name, image in zip(names, images, strict=True) if np.ptp(image) == 0]
-    if file_digest(folder / "images.npy") != meta["images_sha256"] or (hashes != digests).any():
-        changed = names[hashes != digests].tolist()
+    digests = np.array([hashlib.sha256(image).hexdigest() for image in images])
+    changed = names[hashes != digests].tolist()
+    if changed or file_digest(folder / "images.npy") != meta["images_sha256"]:
         problems.append(f"images.npy is not what was prepared; changed pictures: {changed[:5]}")
-    if {s: n for s, n in meta["counts"].items() if n} != splits.value_counts().to_dict():
+    if any((splits == split).sum() != count for split, count in meta["counts"].items()):
         problems.append(f"labels.csv has other splits than meta.json: {meta['counts']}")
     for rows in labels.groupby(digests).indices.values():
-        same = ", ".join(f"{names[row]} ({splits[row]})" for row in rows)
         if len(rows) > 1:
+            same = ", ".join(f"{names[row]} ({splits[row]})" for row in rows)
             print(f"one picture under several names: {same}")
-        if splits[rows].nunique() > 1:
-            problems.append(f"one picture in two splits: {same}")
-    # Positives a finding and split, beside the published counts of the complete set, if any.
+            if splits[rows].nunique() > 1:
+                problems.append(f"one picture in two splits: {same}")
+
     positive = labels[meta["findings"]] == "1"
-    none = ~positive.drop(columns="No Finding", errors="ignore").any(axis=1)
-    positive.insert(0, "(all 0)", none)
     positive.insert(0, "images", True)
     table = positive.groupby(splits).sum().reindex(SPLITS, fill_value=0).T
-    key = f"{meta['options']['command']} {meta['options'].get('readers', '')}".strip()
-    if "vinbig" in key and meta["findings"] != VINBIG_FINDINGS:  # PhysioNet's have other names
-        key = ""
-    known = (KNOWN_COUNTS.get(key, "").split() + [""] * len(table))[: len(table)]
-    table = table.assign(all=table.sum(axis=1), known=known)
-    print(f"{len(blank)} blank pictures {blank[:10]}\n{table.to_string()}")
+    print(table.assign(all=table.sum(axis=1)).to_string())
     return problems
 
 
 # ================================================================================================
 # 8. Command line
 # ================================================================================================
-COMMANDS = dict(demo=list_demo, folder=list_folder, nih=list_nih, chestmnist=list_chestmnist)
-COMMANDS |= dict(rsna=list_rsna, siim=list_siim, vinbig=list_vinbig)
-COMMON, DOWNLOADABLE = ("out", "size", "workers", "overwrite"), ("nih", "chestmnist")
-OPTIONS = {
-    "out": dict(type=Path, help="folder to make (default: data/NAME)"),
-    "size": dict(type=int, help="edge S in pixels (256; demo 128; chestmnist its own)"),
-    "workers": dict(type=int, default=os.cpu_count(), help="processes (default: one a core)"),
-    "overwrite": dict(action="store_true", help="start anew, replace what --out holds"),
-    "raw": dict(help="folder of the raw files, or ChestMNIST's .npz; never written to"),
-    "csv": dict(help="table in --raw or elsewhere: image, [patient], [split], [mask], findings"),
-    "allow_missing": dict(action="store_true", help="list missing images, do not refuse"),
-    "download": dict(action="store_true", help="fetch the files to downloads/ beside --out"),
-    "readers": dict(choices=("majority", "any"), default="majority", help="(default: majority)"),
-    "site": dict(choices=("a", "b"), default="a", help="hospital (default: a)"),
-    "count": dict(type=int, default=4000, help="images (default: 4000)"),
-    "seed": dict(type=int, default=0, help="(default: 0)"),
+COMMANDS = dict(
+    demo=list_demo,
+    folder=list_folder,
+    nih=list_nih,
+    chestmnist=list_chestmnist,
+    rsna=list_rsna,
+    siim=list_siim,
+    vinbig=list_vinbig,
+)
+HELP = {
+    "out": "folder to make (default: data/NAME)",
+    "size": "edge S in pixels (default: 256; demo 128; chestmnist its own)",
+    "workers": "processes (default: one a core, at most 8)",
+    "overwrite": "start anew, replace what --out holds",
+    "raw": "folder of the raw files, or ChestMNIST's .npz; never written to",
+    "csv": "table in --raw or elsewhere: image, [patient], [split], [mask], findings",
+    "findings": "A,B: the columns of the table that are findings (default: all others)",
+    "uncertain": "what the label -1 becomes (default: blank)",
+    "patients": "table image,patient: split by patient (default: by image)",
+    "allow_missing": "list missing images, do not refuse",
+    "download": "fetch the files to downloads/ beside --out",
+    "readers": "who must have seen a finding (default: majority)",
+    "site": "hospital (default: a)",
+    "count": "images (default: 4000)",
+    "seed": "(default: 0)",
 }
+CHOICES = {"uncertain": ("blank", "0", "1"), "readers": ("majority", "any"), "site": ("a", "b")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1149,28 +1504,44 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Command line -> namespace."""
+    """Command line -> namespace; the options of a command are the arguments of its importer."""
     parser = Parser(prog="python data_prep.py", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, importer in COMMANDS.items():
         text = importer.__doc__.partition("\n")[0]
         sub = commands.add_parser(name, help=text, description=text)
-        download = ["download"] * (name in DOWNLOADABLE)
-        for option in (*COMMON, *inspect.signature(importer).parameters, *download):
-            sub.add_argument(f"--{option.replace('_', '-')}", **OPTIONS[option])
-        sub.set_defaults(size={"demo": 128, "chestmnist": None}.get(name, 256))
-    sub = commands.add_parser("verify", help="hashes, counts, splits, blanks and duplicates")
+        size = {"demo": 128, "chestmnist": None}.get(name, 256)
+        defaults = dict(out=None, size=size, workers=min(8, usable_cores()), overwrite=False)
+        for option, parameter in inspect.signature(importer).parameters.items():
+            defaults[option] = parameter.default
+        if name in ("nih", "chestmnist"):
+            defaults["download"] = False
+        for option, default in defaults.items():
+            flag, about = f"--{option.replace('_', '-')}", dict(default=default, help=HELP[option])
+            if default is False:
+                sub.add_argument(flag, action="store_true", **about)
+            elif option in ("size", "workers", "count", "seed"):
+                sub.add_argument(flag, type=int, **about)
+            else:
+                sub.add_argument(flag, choices=CHOICES.get(option), **about)
+    sub = commands.add_parser("verify", help="hashes, counts, splits and duplicates")
     sub.add_argument("folder", help="prepared folder")
     return parser.parse_args(argv)
 
 
 def prepare(command, out, size, workers, overwrite, download=False, **given):
     """Runs one preparing command; `given`: the arguments of its importer."""
-    name = Path(given["raw"]).name if command == "folder" and given["raw"] else command
-    out = out or Path("data", name + "-b" * (given.get("site") == "b"))
-    if not MIN_SIDE <= (size or 256) <= 4096 or min(workers, given.get("count", 1)) < 1:
-        raise PrepError("expected --size from 16 to 4096, --workers and --count from 1")
-    options = {"command": command, "size": size} | given
+    if out is None:
+        name = command
+        if command == "folder" and given["raw"]:
+            name = Path(given["raw"]).name
+        if given.get("site") == "b":
+            name += "-b"
+        out = f"data/{name}"
+    out = Path(out)
+    sound = MIN_SIDE <= (size or 256) <= 4096 and min(workers, given.get("count", 1)) >= 1
+    require(sound, "expected --size from 16 to 4096, --workers and --count from 1")
+    options = dict(given, command=command, size=size)
     options.pop("allow_missing", None)
     if out.exists() and not overwrite:
         meta = out / "meta.json"
@@ -1180,8 +1551,9 @@ def prepare(command, out, size, workers, overwrite, download=False, **given):
         return
     if download:
         given["raw"] = fetch(command, out.parent / "downloads" / command, size)
-    if "raw" in given and out.resolve().is_relative_to(Path(given["raw"] or out).resolve()):
-        raise PrepError("give --raw DIR, and --out outside it: --raw is never written to")
+    if "raw" in given:
+        outside = given["raw"] and not out.resolve().is_relative_to(Path(given["raw"]).resolve())
+        require(outside, "give --raw DIR, and --out outside it: --raw is never written to")
     listing = COMMANDS[command](**given)
     if overwrite and Path(f"{out}.partial").exists():
         remove_prepared(f"{out}.partial")
@@ -1196,14 +1568,17 @@ def main(argv=None):
     """
     try:
         args = parse(argv)
-        problems = verify(args.folder) if args.command == "verify" else prepare(**vars(args))
-        if problems:
-            raise PrepError(f"{args.folder}: {problems[0]} ({len(problems)} problem(s))")
+        if args.command == "verify":
+            problems = verify(args.folder)
+            if problems:
+                raise PrepError(f"{args.folder}: {problems[0]} ({len(problems)} problem(s))")
+        else:
+            prepare(**vars(args))
     except (ValueError, OSError, BrokenExecutor) as e:
         print(f"error: {one_line(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes from here", file=sys.stderr)
         return 130
     return 0
 

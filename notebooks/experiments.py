@@ -379,6 +379,7 @@ def study_cells(options):
             key = slug(unit["stage"], unit["method"], unit["seed"]) + "|" + score_key(row)
             if key in ranks:
                 run = measures(*sets[row["set"]], ranks[key], weights[row["set"]])
+                run["test"][0] = row["test"]  # the same to five digits
             cell = tuple({**row, **unit}[name] for name in CELL)
             cells.setdefault(cell, {}).setdefault(unit["seed"], []).append(run)
     return cells
@@ -395,10 +396,10 @@ def summary_row(cell, measure, each, draws):
 
     Args: each: (seeds,) as measured. draws: (R,) means over seeds of bootstrap samples.
     """
-    row = dict(zip(CELL, cell, strict=True), measure=measure, mean=round(float(each.mean()), 5))
-    row["each"] = each.round(5).tolist()
+    row = dict(zip(CELL, cell, strict=True), measure=measure, mean=round(float(each.mean()), 7))
+    row["each"] = each.round(7).tolist()
     if len(each) > 1:
-        row["std"] = round(float(each.std(ddof=1)), 5)
+        row["std"] = round(float(each.std(ddof=1)), 7)
     if len(draws):
         row["ci95"] = np.nanquantile(draws, [0.025, 0.975]).round(5).tolist()
     return row
