@@ -77,7 +77,10 @@ def require(condition, message):
 
 def parse_numbers(text):
     """A list of numbers on the command line: "0.01,0.1,1" -> (0.01, 0.1, 1)."""
-    return tuple(json.loads(f"[{text}]"))
+    numbers = tuple(json.loads(f"[{text}]"))
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise ValueError(text)
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class RunConfig:
 
     data: str = "demo"  # prepared dataset: a name under --data-root, or a path
     data_root: str = "data"  # folder that holds the prepared datasets
-    out: str = ""  # run folder; without it, runs/ and a name made of the settings
+    out: str = ""  # run folder; without it, a folder below runs/ that is named after the run
     size: int = 224  # side of the images that the network sees, in pixels
     batch_size: int = 64  # images in a step, over all processes
     seed: int = 0  # decides initialisation, order, views and label subsets
@@ -100,7 +103,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    """Settings of `pretrain`; the defaults are the authors' recipe, where their code has one."""
+    """Settings of `pretrain`; the defaults are the authors' recipe, but for the place of the blocks.
+
+    The authors' form is `--context inline`; side is ours.
+    """
 
     data: str = "demo"  # prepared dataset, or several joined by commas and pooled
     include_val: bool = False  # train on the validation images too, as the paper does
@@ -128,7 +134,7 @@ class PretrainConfig(RunConfig):
     identical_views: bool = False  # give both branches the same view
     knn_every: int = 5  # epochs between k-NN evaluations on validation labels; 0: never
     checkpoint_minutes: float = 10.0  # minutes between checkpoints, beside those at stops
-    compile: bool = False  # torch.compile the blocks: faster steps on CUDA, after a minute
+    compile: bool = False  # torch.compile the context-bottlenecks; after a minute, faster on CUDA
     graph: bool = True  # on one CUDA GPU, replay the training step as a CUDA graph
     deterministic: bool = False  # bit-exact resume on CUDA too, at some cost in speed
 
@@ -226,10 +232,11 @@ def make_config(command, cls, given):
     config = cls(**dict(preset, **given))
     for name, value in asdict(config).items():
         if isinstance(value, (int, float, tuple)):
-            numbers = np.ravel(value)
+            numbers = np.ravel(value)  # of one number, a list of one
             low, high = LIMITS.get(name, (0, sys.float_info.max))
             distinct = 0 < len(numbers) == len(set(numbers))
-            valid = distinct and all((numbers >= low) & (numbers <= high))
+            whole = name != "levels" or numbers.dtype == int
+            valid = distinct and whole and all((numbers >= low) & (numbers <= high))
             flag = "--" + name.replace("_", "-")
             require(valid, f"{flag}: expected distinct numbers, {low:g} to {high:g}, found {value}")
     return config
@@ -257,8 +264,9 @@ class ChannelAttention(nn.Module):
         self.expand = nn.Conv2d(channels // 2, channels, 1, bias=False)
 
     def forward(self, x):
-        # Same as x.mean((2, 3)) and x.amax((2, 3)), whose backward passes are slower, or share the
-        # gradient between equal maxima. The pool is fast on a CPU alone.
+        # The average is x.mean((2, 3)), whose backward pass is slower. The maximum is not
+        # x.amax((2, 3)), which shares the gradient between equal values; of the two forms that do
+        # not, the pool is fast on a CPU and slow on CUDA.
         positions = x.shape[2] * x.shape[3]
         average = x.sum((2, 3)) / positions  # (B, C, H, W) -> (B, C)
         if x.is_cuda:
@@ -439,7 +447,7 @@ def aggregate_literal(maps, convs):
 
 
 @functools.cache
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # a matrix that was kept must be usable in training, too
 def pool_matrix(height, width, dtype, device):
     """(16, H W): the weight of every pixel of a map in every cell of the 4 x 4 grid.
 
@@ -931,7 +939,7 @@ class RandomViews:
     Args: size: side of the views. crop_min: smallest fraction of the area. flip, solarize:
         probabilities. jitter: strength, at most 1. blur: largest sigma in pixels (smallest 0.1).
         rotation: largest angle in degrees. identical_views: view 2 is view 1.
-    Call: (images (B, S, S) uint8, generator) -> view1, view2 (B, 3, size, size) normalised.
+    Call: (images (B, S, S) uint8, rng) -> view1, view2 (B, 3, size, size) normalised.
     Needs: resize_matrix, blur_matrix, rotate, normalise. Source: authors' code (from VICReg).
     """
 
@@ -946,15 +954,15 @@ class RandomViews:
     rotation: float = 0.0
     identical_views: bool = False
 
-    def draw(self, batch, source, generator):
-        """Parameters of both views, from the generator alone.
+    def draw(self, batch, source, rng):
+        """Parameters of both views, from the random generator alone.
 
         Args: batch: B. source: side of the images in pixels.
         Returns: a dict of (2, B) tensors; row 0 belongs to view 1, row 1 to view 2.
         """
 
         def uniform(low, high, *shape):
-            return low + (high - low) * torch.rand(2, batch, *shape, generator=generator)
+            return low + (high - low) * torch.rand(2, batch, *shape, generator=rng)
 
         # Crop: ten attempts at a random area and aspect ratio, as in torchvision.
         area = source**2 * uniform(self.crop_min, 1, 10)  # (2, B, 10)
@@ -1017,9 +1025,9 @@ class RandomViews:
         bright = p["solarized"][:, None, None] & (x >= 128 / 255)
         return torch.where(bright, 1 - x, x)
 
-    def __call__(self, images, generator=None, params=None):
+    def __call__(self, images, rng=None, params=None):
         if params is None:
-            params = self.draw(len(images), images.shape[-1], generator)
+            params = self.draw(len(images), images.shape[-1], rng)
         on_device = {}
         for name, value in params.items():  # those of view 1, then those of view 2
             on_device[name] = value.to(images.device, non_blocking=True).flatten()  # (2 B,)
@@ -1041,7 +1049,7 @@ OWN_FILES = (
     "results.json",
     "classifier.pt",
     "unit-*.npy",
-    "config.json",
+    "config.json",  # last: without it, the others would not be known as ours
 )
 STOPPED = "stopped, the last checkpoint is kept; lower --lr or use --amp off"
 
@@ -1142,6 +1150,11 @@ def provenance():
     return {"command": sys.argv, "torch": torch.__version__, "machine": machine}
 
 
+def file_hash(path):
+    """The SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def run_settings(config, datasets, **chosen):
     """What decides the outcome of a run: its settings, and hashes of its data.
 
@@ -1151,6 +1164,8 @@ def run_settings(config, datasets, **chosen):
     for name in ("out", "overwrite", "device", "data_root", "checkpoint_minutes"):
         settings.pop(name, None)
     settings["data_sha256"] = [data.sha256() for data in datasets]
+    if settings.get("exclude_ids"):
+        settings["exclude_ids"] = file_hash(settings["exclude_ids"])
     return json.loads(json.dumps(settings))  # tuples become lists, as in config.json
 
 
@@ -1265,6 +1280,8 @@ def stop_signals():
         old[number] = signal.signal(number, lambda number, frame: caught.append(number))
     try:
         yield caught
+        if caught:
+            raise KeyboardInterrupt("stopped after the last step")
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -1401,7 +1418,7 @@ def collapse_warning(row):
 def draw_demo(names, root, rank=0, world=1):
     """Draws the demo set if `--data` names it and it is not there; the first process does."""
     demo = Path(root) / "demo"
-    if rank == 0 and "demo" in names.split(",") and not demo.exists():
+    if rank == 0 and "demo" in names.split(",") and not (demo / "meta.json").exists():
         import data_prep
 
         failed = data_prep.main(["demo", "--out", str(demo)])
@@ -1412,8 +1429,8 @@ def draw_demo(names, root, rank=0, world=1):
 def open_sets(names, root="data"):
     """The prepared datasets of `--data a,b`."""
     sets = [PreparedData(name, root) for name in names.split(",")]
-    sizes = {data.meta["name"]: data.size for data in sets}
-    require(len(set(sizes.values())) == 1, f"pooled sets differ in size: {sizes}")
+    sizes = [data.size for data in sets]
+    require(len(set(sizes)) == 1, f"pooled sets differ in size: {sizes} pixels")
     return sets
 
 
@@ -1561,7 +1578,7 @@ class GraphedStep:
 
     def __init__(self, step, model, optimizer):
         self.step, self.model, self.optimizer = step, model, optimizer
-        self.taken, self.inputs, self.graph = 0, None, None
+        self.taken, self.inputs, self.graph, self.log = 0, None, None, None
 
     def __call__(self, images, params, lr):
         # A graph reads its inputs where they were when it was recorded: they are copied there.
@@ -1591,12 +1608,20 @@ class GraphedStep:
         tensors = [*self.model.parameters(), *self.model.buffers(), *momenta]
         before = [tensor.clone() for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
-        with torch.enable_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.log = self.step(*self.inputs)
+        try:  # thread_local: the thread that loads batches may pin memory meanwhile
+            with torch.enable_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.log = self.step(*self.inputs)
+        except RuntimeError as e:
+            print(f"the step cannot be recorded as a CUDA graph: {e}")
+            return
 
         changes = []
-        for run in (graph.replay, torch.enable_grad()(lambda: self.step(*self.inputs))):
-            run()
+        for replayed in (True, False):
+            if replayed:
+                graph.replay()
+            else:
+                with torch.enable_grad():
+                    self.step(*self.inputs)
             change = [(a - b).flatten().float() for a, b in zip(tensors, before, strict=True)]
             changes.append(torch.cat(change))
             torch._foreach_copy_(tensors, before)
@@ -1641,7 +1666,7 @@ def prepare_step(config, parts, views, device, world=1):
         view1, view2 = views(images.to(device, non_blocking=True), params=params)
         return train_step(parallel_model, optimizer, scaler, view1, view2, lr, amp, **weights)
 
-    # A graph is of one process; a scaler looks at numbers during a step.
+    # A graph is of one process, and the scaler of float16 reads numbers during a step.
     eager = config.deterministic or world > 1 or amp == "fp16" or device.type != "cuda"
     if config.graph and not eager:
         return GraphedStep(step, model, optimizer)
@@ -1760,7 +1785,7 @@ def training_folder(config, sets, rank, world, **chosen):
         try:
             yield folder
         except KeyboardInterrupt:
-            wait_for_all(world)  # until the last checkpoint is written
+            wait_for_all(world)  # torchrun ends all when one has ended; the first may still write
             raise
 
 
@@ -1791,7 +1816,8 @@ def pretrain(config):
     with stop_signals() as signals, training_folder(config, sets, rank, world, **chosen) as folder:
         state = resume(folder, parts)
         pending, first_step, saved, started = [], state["step"], time.monotonic(), time.monotonic()
-        steps = tqdm(range(first_step, total_steps), disable=None)
+        steps = range(first_step, total_steps)
+        steps = tqdm(steps, initial=first_step, total=total_steps, disable=rank > 0 or None)
         for i, images, params in load_batches(
             steps, sets, rows, views, config, device, rank, world
         ):
@@ -1800,7 +1826,7 @@ def pretrain(config):
             pending.append(step(images, params, lr))
             state["step"] = i + 1
 
-            # The rest waits for the GPU, and processes for each other: not after every step.
+            # The rest waits for the GPU, and processes for each other: every few steps is enough.
             epoch_ends = state["step"] % epoch_steps == 0
             if device.type == "cuda" and not epoch_ends and state["step"] % READ_EVERY > 0:
                 continue
@@ -1821,7 +1847,7 @@ def pretrain(config):
                 save_training(folder, parts, state)
                 saved = time.monotonic()
             if stopped:
-                raise KeyboardInterrupt(f"stopped at step {i + 1}, where the command resumes")
+                raise KeyboardInterrupt(f"stopped at step {i + 1}; the same command resumes there")
     return folder
 
 
@@ -1874,7 +1900,7 @@ def label_subset(data, fraction, seed=0):
     """
     # Deviation: label subsets are drawn by patient, not by image.
     rows = data.indices("train")
-    patients = data.patient[rows]
+    patients = data.patient[rows.numpy()]
     order = {p: hashlib.sha256(f"{seed}:{p}".encode()).digest() for p in patients}
     count = math.ceil(round(fraction * len(order), 6))
     chosen = sorted(order, key=order.get)[:count]
@@ -2033,11 +2059,11 @@ def dice_metrics(counts, weights=None):
     dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)  # of each image
     ratios = []
     for part, whole in (
-        (dice, every),
-        (dice * has_mask, has_mask),
-        (2 * both, total),
-        (~has_mask, every),
-        (both, total - both),
+        (dice, every),  # dice_all
+        (dice * has_mask, has_mask),  # dice_positive
+        (2 * both, total),  # dice_pooled
+        (~has_mask, every),  # dice_blank
+        (both, total - both),  # iou_pooled
     ):
         with np.errstate(invalid="ignore"):
             ratios.append((weights * part).sum(-1) / (weights * whole).sum(-1))
@@ -2111,7 +2137,7 @@ def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
         # Keep the weights of the best epoch.
         value = score(predict(model, images, val, size, amp), targets[val])
         stale += 1
-        if value > best:
+        if best_state is None or value > best:
             best, stale = value, 0
             best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if stale >= config.patience:
@@ -2124,6 +2150,7 @@ def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
 
 def prepare_evaluation(config, task):
     """What `classify` and `segment` need: dataset, device, run folder; checked before any work."""
+    require(config.batch_size > 0, "--batch-size: expected 1 or more, found 0")
     device, _, _ = setup(config.device)
     draw_demo(config.data, config.data_root)
     data = PreparedData(config.data, config.data_root)
@@ -2144,7 +2171,7 @@ def weights_hash(weights):
     """The SHA-256 of a weight file; "random" and "imagenet" as they are."""
     if not Path(weights).is_file():
         return weights
-    return hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    return file_hash(weights)
 
 
 def run_units(config, data, device, folder, run_unit):
@@ -2201,15 +2228,17 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
     low, high = pd.DataFrame(np.concatenate(draws)).quantile([0.025, 0.975]).to_numpy()
 
     values = np.array([metric(run, np.ones(len(member))) for run in runs])  # (R, M)
-    groups = encoders if encoders > 1 else len(runs)
+    groups = encoders if encoders > 1 else len(runs)  # of one encoder, every run by itself
     std = pd.DataFrame(values.reshape(groups, -1, values.shape[1]).mean(1)).std()  # NaN of one
     table = np.array([values.mean(0), std, low, high]).T.astype(object)  # (M, 4)
     table[pd.isna(table)] = None
     return [{"mean": mean, "std": std, "ci95": ci95} for mean, std, *ci95 in table]
 
 
-def write_results(folder, task, config, data, tests):
-    """Writes results.json and prints its intervals. Args: tests: label fraction -> its results.
+def write_results(folder, task, config, data, val, tests):
+    """Writes results.json and prints its intervals.
+
+    Args: val: rows that chose the recipe. tests: label fraction -> its results.
 
     The results of one fraction stand under "test"; of several, under "test" and their fractions.
     Returns: the dict written.
@@ -2225,11 +2254,10 @@ def write_results(folder, task, config, data, tests):
 
     table = pd.DataFrame()
     for fraction, test in tests.items():
-        found = dict(test)
+        found = test
         if task == "classify":
             found = {"mean AUROC": test["mean_auroc"]}
-        for name, values in test.get("per_finding", {}).items():
-            found[name] = values["auroc"]
+            found.update({name: row["auroc"] for name, row in test["per_finding"].items()})
         for name, value in found.items():
             text = "undefined"
             if value["mean"] is not None:
@@ -2237,7 +2265,7 @@ def write_results(folder, task, config, data, tests):
                 text = f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
             table.loc[name, f"{100 * fraction:g} % of the labels"] = text
     print(f"\n{config.weights}, {config.mode}: mean and 95 % interval on the test images;")
-    print(f"the recipe is chosen on all labels of {len(data.indices('val'))} validation images")
+    print(f"epoch, strength and threshold are chosen on all {len(val)} validation images")
     print(table.to_string())
     print(f"written: {folder / 'results.json'}")
     return results
@@ -2318,11 +2346,11 @@ def classify(config):
         return scores.masked_fill(~learned, math.nan).numpy()
 
     with open_run(folder, run_settings(config, [data]), config.overwrite):
-        y, patients, tests = labels[test].numpy(), data.patient[test], {}
+        y, patients, tests = labels[test].numpy(), data.patient[test.numpy()], {}
         encoders = len(config.weights.split(","))
         for fraction, runs in run_units(config, data, device, folder, run_unit).items():
             tests[fraction] = classification_results(runs, y, patients, names, encoders)
-        return write_results(folder, "classify", config, data, tests)
+        return write_results(folder, "classify", config, data, val, tests)
 
 
 # ---- segmentation
@@ -2341,13 +2369,13 @@ def segment(config):
     masked = {}
     for split in ("train", "val", "test"):
         rows = data.indices(split)
-        masked[split] = rows[torch.from_numpy(data.has_mask[rows])]
+        masked[split] = rows[torch.from_numpy(data.has_mask[rows.numpy()])]
         require(len(masked[split]), f"{data.folder} has no mask of a {split} image")
     val, test = masked["val"], masked["test"]
 
     def run_unit(encoder, source, rows, seed):
         model = Segmenter(encoder, config.mode == "frozen").to(device)
-        rows = rows[torch.from_numpy(data.has_mask[rows])]
+        rows = rows[torch.from_numpy(data.has_mask[rows.numpy()])]
         given = (model, data.images, data.masks, rows, val, 0.8)
         fit(config, *given, segmentation_loss, pooled_dice, (seed, "segment"))
         logits = predict(model, data.images, val, config.size, config.amp)
@@ -2359,9 +2387,9 @@ def segment(config):
     with open_run(folder, run_settings(config, [data]), config.overwrite):
         encoders, tests = len(config.weights.split(",")), {}
         for fraction, runs in run_units(config, data, device, folder, run_unit).items():
-            found = interval(runs, data.patient[test], dice_metrics, encoders)
+            found = interval(runs, data.patient[test.numpy()], dice_metrics, encoders)
             tests[fraction] = dict(zip(DICE_NAMES, found, strict=True))
-        return write_results(folder, "segment", config, data, tests)
+        return write_results(folder, "segment", config, data, val, tests)
 
 
 # ---- heatmaps
@@ -2400,7 +2428,10 @@ def predict_files(config):
     require(config.overwrite or not out.exists(), f"{out} exists; give another --out")
     for path in map(Path, config.files):
         require(path.exists(), f"looked for X-rays at {path}: there is nothing")
-        paths.extend(sorted(list_files(path)) if path.is_dir() else [path])
+        if path.is_dir():
+            paths.extend(sorted(list_files(path)))
+        else:
+            paths.append(path)
 
     table = {}
     for path in tqdm(paths, disable=None):
@@ -2517,8 +2548,8 @@ def main(argv=None):
         given = vars(build_parser().parse_args(argv))
         command = given.pop("command")
         cls, run = COMMANDS[command]
-        alone = command == "pretrain" or not dist.is_torchelastic_launched()
-        require(alone, f"{command} runs in one process; start it with python, not with torchrun")
+        allowed = command == "pretrain" or not dist.is_torchelastic_launched()
+        require(allowed, f"{command} runs in one process; start it with python, not with torchrun")
         config = make_config(command, cls, given)
         result = run(config)
         first = not dist.is_initialized() or dist.get_rank() == 0
@@ -2529,7 +2560,7 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        print(e)
+        print(str(e) or "stopped")
         return 130
     finally:
         if dist.is_initialized():
