@@ -103,9 +103,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    """Settings of `pretrain`; the defaults are the authors' recipe, but for the place of the blocks.
+    """Settings of `pretrain`; the defaults are the authors' recipe, where their code has one.
 
-    The authors' form is `--context inline`; side is ours.
+    One is not: the blocks sit at the side (their form is `--context inline`).
     """
 
     data: str = "demo"  # prepared dataset, or several joined by commas and pooled

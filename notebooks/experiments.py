@@ -341,9 +341,10 @@ def patient_draws(data, repeats=1000):
 
 def average_precision(order, y, weights):
     """Average precision of one finding: (n,) ranks, (n,) labels, (R, n) weights -> (R,)."""
-    descending = np.argsort(-order.astype(int), kind="stable")
-    counted = weights[:, descending]
-    positive = counted * y[descending]
+    falling = np.argsort(-order.astype(int))
+    starts = np.unique(-order[falling].astype(int), return_index=True)[1]  # of equal ranks
+    counted = np.add.reduceat(weights[:, falling], starts, 1)
+    positive = np.add.reduceat((weights * y)[:, falling], starts, 1)
     precision = np.cumsum(positive, 1) / np.maximum(np.cumsum(counted, 1), 1)
     with np.errstate(invalid="ignore"):  # a draw without a positive image
         return (positive * precision).sum(1) / positive.sum(1)
@@ -378,6 +379,7 @@ def study_cells(options):
             key = slug(unit["stage"], unit["method"], unit["seed"]) + "|" + score_key(row)
             if key in ranks:
                 run = measures(*sets[row["set"]], ranks[key], weights[row["set"]])
+                run["test"][0] = row["test"]  # the same to five digits
             cell = tuple({**row, **unit}[name] for name in CELL)
             cells.setdefault(cell, {}).setdefault(unit["seed"], []).append(run)
     return cells
@@ -394,10 +396,10 @@ def summary_row(cell, measure, each, draws):
 
     Args: each: (seeds,) as measured. draws: (R,) means over seeds of bootstrap samples.
     """
-    row = dict(zip(CELL, cell, strict=True), measure=measure, mean=round(float(each.mean()), 5))
-    row["each"] = each.round(5).tolist()
+    row = dict(zip(CELL, cell, strict=True), measure=measure, mean=round(float(each.mean()), 7))
+    row["each"] = each.round(7).tolist()
     if len(each) > 1:
-        row["std"] = round(float(each.std(ddof=1)), 5)
+        row["std"] = round(float(each.std(ddof=1)), 7)
     if len(draws):
         row["ci95"] = np.nanquantile(draws, [0.025, 0.975]).round(5).tolist()
     return row
@@ -454,6 +456,8 @@ def tables(options):
     cells, summary = study_cells(options), []
     for cell, runs in cells.items():
         for measure in runs[min(runs)][0]:
+            if measure != "test" and cell[2] != "h":
+                continue
             values = seed_values(runs, measure)
             summary.append(summary_row(cell, measure, values[:, 0], values[:, 1:].mean(0)))
     summary += declared_rows(cells)
