@@ -209,13 +209,13 @@ def test_every_flag_is_in_the_help_with_its_defaults(monkeypatch, capsys):
             m.main([name, "--help"])
         shown = capsys.readouterr().out
         entries = {entry.split()[0].strip(","): entry for entry in shown.split("\n  --")}
+        entries["files"] = shown  # which are no flag
         for field, setting in cls.__dataclass_fields__.items():
-            text = entries.get(field.replace("_", "-"), shown)
+            text = entries[field.replace("_", "-")]
             if setting.default not in ("", False, ()):
                 assert f"(default: {setting.default})" in text, (name, field)
             preset = m.PRESETS.get((name, "demo"), {})
             assert field not in preset or f"(demo: {preset[field]})" in text, (name, field)
-            assert field in text or field.replace("_", "-") in entries
 
 
 def plain_bottleneck(x, block):
@@ -2544,7 +2544,6 @@ def test_labels_masks_and_boxes_of_phantoms_agree():
     for index in range(200):
         case = dp.draw_phantom(1, index, 64)
         findings, image, mask = case["findings"], case["image"], case["mask"]
-        assert image.dtype == mask.dtype == np.uint8 and image.shape == mask.shape == (64, 64)
         assert 30 < image.std() < 100 and set(np.unique(mask)) <= {0, 1}
         shown = [name for name in dp.PHANTOM_FINDINGS if findings[name]]
         assert findings["No Finding"] == int(not shown)
@@ -3324,7 +3323,7 @@ def test_chestmnist_keeps_pictures_labels_and_splits(size):
     arrays = raw_chestmnist("raw.npz", size)
     prep("chestmnist --raw raw.npz --out out")
     images, labels, rejected, meta = prepared("out")
-    assert meta["size"] == size and not rejected and "ChestMNIST" in meta["split_rule"]
+    assert meta["size"] == size and not rejected
     assert np.array_equal(images, np.concatenate([arrays[f"{s}_images"] for s in dp.SPLITS]))
     assert labels["split"].tolist() == ["train"] * 20 + ["val"] * 6 + ["test"] * 8
     order = (
@@ -3390,7 +3389,7 @@ def test_rsna_is_one_row_an_image_with_its_boxes_and_its_own_split():
     assert rejected == dict.fromkeys(others, "no row in the table")
     assert labels["Pneumonia"].tolist() == [int(k % 3 == 0) for k in range(30)]
     assert labels["split"].tolist() == [dp.hash_split(i, dp.BY_IMAGE) for i in labels["image"]]
-    assert meta["findings"] == ["Pneumonia"] and str(dp.BY_IMAGE) in meta["split_rule"]
+    assert str(dp.BY_IMAGE) in meta["split_rule"]
     assert all(np.array_equal(images[k], dp.resize_xray(phantom(k), 32)) for k in (0, 29))
     expected = [[f"id-{k:03d}", "Pneumonia", 2, 4, 8, 16] for k in range(0, 30, 3)]
     expected.insert(1, ["id-000", "Pneumonia", 20, 4, 8, 8])
@@ -3450,7 +3449,7 @@ def raw_siim(root, nested=True, name="train-rle.csv", n=6):
 def test_siim_in_both_layouts_and_under_both_names(nested, name):
     raw_siim("raw", nested, name)
     prep("siim --raw raw --out out --size 64")
-    images, labels, rejected, meta = prepared("out")
+    images, labels, rejected, _ = prepared("out")
     assert labels["image"].tolist() == [f"1.2.{k}.1.1" for k in range(6)]
     assert labels["Pneumothorax"].tolist() == [0, 1, 1, 1, 1, 1]
     assert labels["has_mask"].tolist() == [1] * 6  # a blank mask is a mask
@@ -3461,7 +3460,6 @@ def test_siim_in_both_layouts_and_under_both_names(nested, name):
     masks[0], masks[1] = np.zeros((64, 64)), np.logical_or(*blobs(1))  # of two rows, a union
     assert np.array_equal(np.load("out/masks.npy"), np.array(masks, np.uint8))
     assert all(np.abs(images[k].astype(int) - phantom(k)).mean() < 2 for k in range(6))
-    assert meta["findings"] == ["Pneumothorax"]
 
 
 @pytest.mark.parametrize("command,make", [("rsna", raw_rsna), ("siim", raw_siim)])
@@ -3616,7 +3614,6 @@ def test_vindr_of_physionet_has_image_labels_and_the_official_test_set(readers):
     others = boxes["image"][boxes["finding"] == "Other diseases"].tolist()
     assert others == ["train4", "train4", "test4"]
     assert boxes[dp.EDGES].drop_duplicates().values.tolist() == [[4, 4, 8, 16]]
-    assert len(meta["sources"]) == 4
 
 
 def test_vinbig_rows_without_sense_are_refused():
