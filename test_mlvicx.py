@@ -551,7 +551,8 @@ def test_a_patient_in_two_splits_is_refused(place):
     patient = np.arange(48) // 2
     patient[6] = 0  # of training, and now of validation
     write_set("data/leak", patient=patient)
-    assert "patient 0 is in two splits" in refused("pretrain --data leak")
+    with pytest.raises(m.UserError, match="patient 0 is in two splits"):
+        m.PreparedData("leak")
 
 
 def test_pooled_sets_are_read_one_after_another(place):
@@ -1475,7 +1476,6 @@ def test_frozen_results_have_their_definition(trained, monkeypatch):
     r = evaluate(args)
     assert len(calls) == 1 and len(calls[0][2]) == 80
     assert {"task", "data", "weights", "mode", "settings", "provenance"} <= set(r)
-    assert (r["labels"], r["seeds"]) == ([0.2, 1.0], 2)
     assert torch.load("runs/c1/classifier.pt", weights_only=True)["findings"] == ["A", "B"]
     test, data = r["test"]["1"], m.PreparedData("toy")
     assert set(test["mean_auroc"]) == {"mean", "std", "ci95"} and test["defined_findings"] == 2
@@ -2787,10 +2787,11 @@ def test_torn_tails_are_cut_off(monkeypatch):
     sizes = []
     with monkeypatch.context() as patch:
         patch.setattr(dp, "prepare_picture", stopped)
+        patch.setattr(dp, "BATCH", 4)  # so few that they stay in a buffer if it is not flushed
         patch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size))
         assert dp.main(args) == 130
     # What the journal names is on the disk before it is named.
-    assert sizes[-2:] == [dp.HEADER + 64 * 32 * 32] * 2
+    assert sizes[-2:] == [dp.HEADER + 100 * 32 * 32] * 2
     for name, tail in (
         ("progress.jsonl", b'{"row": 9, "sha'),
         ("images.npy", b"x"),
