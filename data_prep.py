@@ -1002,7 +1002,8 @@ def _prepare_pictures(listing, folder, names, plan, size, workers):
             journal.flush()
             bar.update(len(batch))
             if bar.disable and len(notes) % 1000 < len(batch):
-                print(f"{folder}: {len(notes):,} of {total:,}", flush=True)
+                name = str(folder).removesuffix(".partial")
+                print(f"{name}: {len(notes):,} of {total:,}", flush=True)
     return notes
 
 

@@ -60,7 +60,6 @@ def one_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(m, "field_help", functools.cache(m.field_help))  # it reads the source anew
         yield
 
 
