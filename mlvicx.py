@@ -731,7 +731,7 @@ class LARS(torch.optim.Optimizer):
             p_norm = torch.stack(torch._foreach_norm(layers))
             g_norm = torch.stack(torch._foreach_norm(grads))
             ratio = group["trust"] * p_norm / g_norm
-            ratio = ratio.masked_fill(p_norm * g_norm == 0, 1.0)
+            ratio = ratio.masked_fill(torch.minimum(p_norm, g_norm) == 0, 1.0)
             torch._foreach_mul_(grads, list(ratio.unbind()))  # adaptation
 
         momenta = []
@@ -1601,6 +1601,12 @@ class GraphedStep:
         self.graph.replay()
         return dict(zip(self.log, torch.stack(list(self.log.values())), strict=True))
 
+    def undo(self, tensors, before):
+        """Puts tensors back to what they were; returns their change, as one vector."""
+        change = [(a - b).flatten().float() for a, b in zip(tensors, before, strict=True)]
+        torch._foreach_copy_(tensors, before)
+        return torch.cat(change)
+
     @torch.no_grad()
     def record(self):
         """Records a step, and compares its replay with a step from the same weights."""
@@ -1615,17 +1621,11 @@ class GraphedStep:
             print(f"the step cannot be recorded as a CUDA graph: {e}")
             return
 
-        changes = []
-        for replayed in (True, False):
-            if replayed:
-                graph.replay()
-            else:
-                with torch.enable_grad():
-                    self.step(*self.inputs)
-            change = [(a - b).flatten().float() for a, b in zip(tensors, before, strict=True)]
-            changes.append(torch.cat(change))
-            torch._foreach_copy_(tensors, before)
-        replayed, expected = changes
+        graph.replay()
+        replayed = self.undo(tensors, before)
+        with torch.enable_grad():
+            self.step(*self.inputs)
+        expected = self.undo(tensors, before)
         error = float((replayed - expected).norm() / expected.norm())
         if error < self.TOLERANCE:
             self.graph = graph
@@ -1658,7 +1658,7 @@ def prepare_step(config, parts, views, device, world=1):
     configuration and the device say so.
     Args: parts: of `build_parts`.
     """
-    model, optimizer, scaler = parts.values()
+    model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
     amp, weights = resolve_amp(device, config.amp), select(config, *LOSS_WEIGHTS)
     parallel_model = for_training(model, device, world, config.compile)
 
