@@ -108,7 +108,6 @@ class PretrainConfig(RunConfig):
     One is not: the blocks sit at the side (their form is `--context inline`).
     """
 
-    data: str = "demo"  # prepared dataset, or several joined by commas and pooled
     include_val: bool = False  # train on the validation images too, as the paper does
     exclude_ids: str = ""  # text file of image names to leave out, one a line
     batch_size: int = 0  # images in a step, over all processes; 0: 256 on CUDA, else 64
@@ -835,12 +834,6 @@ class PreparedData:
         return digest.hexdigest()
 
 
-def gather_images(sets, rows):
-    """Images of pooled datasets, whose rows (B,) are counted one set after another: (B, S, S)."""
-    pool = torch.utils.data.ConcatDataset([data.images for data in sets])  # a list of tensors
-    return torch.stack([pool[row] for row in rows.tolist()])
-
-
 def prefetch(load, items):
     """Yields load(item) for every item; a thread is always one item ahead of the caller."""
     with ThreadPoolExecutor(1) as pool:
@@ -1041,16 +1034,7 @@ class RandomViews:
 
 CHECKPOINT_FORMAT = 2
 # What commands write into a run folder; --overwrite removes these files and no others.
-OWN_FILES = (
-    "metrics.csv",
-    "last.pt",
-    "previous.pt",
-    "encoder.pt",
-    "results.json",
-    "classifier.pt",
-    "unit-*.npy",
-    "config.json",  # last: without it, the others would not be known as ours
-)
+OWN_FILES = "metrics.csv last.pt previous.pt encoder.pt results.json classifier.pt unit-*.npy"
 STOPPED = "stopped, the last checkpoint is kept; lower --lr or use --amp off"
 
 
@@ -1155,29 +1139,37 @@ def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def run_settings(config, datasets, **chosen):
-    """What decides the outcome of a run: its settings, and hashes of its data.
-
-    Args: chosen: values that "auto" and the like have become.
-    """
-    settings = dict(asdict(config), **chosen)
+def run_settings(config, data, **chosen):
+    """What decides the outcome of a run: settings, what "auto" has become, hashes of the data."""
+    settings = dict(asdict(config), **chosen, data_sha256=data.sha256())
     for name in ("out", "overwrite", "device", "data_root", "checkpoint_minutes"):
         settings.pop(name, None)
-    settings["data_sha256"] = [data.sha256() for data in datasets]
     if settings.get("exclude_ids"):
         settings["exclude_ids"] = file_hash(settings["exclude_ids"])
     return json.loads(json.dumps(settings))  # tuples become lists, as in config.json
 
 
-def claim_folder(folder, settings, overwrite):
-    """Makes sure that a run folder holds this run, or nothing of a run: config.json says which."""
+def open_run(folder, settings, overwrite=False):
+    """Makes or reopens a run folder, whose config.json says which run it holds.
+
+    Returns: the lock that keeps a second process out, a file to close at the end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another process; give another --out") from None
+
     record = folder / "config.json"
-    own = [path for pattern in OWN_FILES for path in folder.glob(pattern)]
+    own = [path for pattern in OWN_FILES.split() for path in folder.glob(pattern)]
     if not record.exists():
         require(not own, f"{own} are not of a run, but would be replaced; give another --out")
     elif overwrite:
-        for path in own:
+        for path in [*own, record]:  # the record last: without it, the others are not ours
             path.unlink()
+
     if not record.exists():
         write_json(record, dict(provenance(), settings=settings))
     found = json.loads(record.read_text())["settings"]
@@ -1185,20 +1177,7 @@ def claim_folder(folder, settings, overwrite):
         text = f"{folder} holds a run with {name} = {found.get(name)}, now {value}"
         advice = "give --overwrite to start again, or another --out"
         require(found.get(name) == value, f"{text}; {advice}")
-
-
-@contextlib.contextmanager
-def open_run(folder, settings, overwrite=False):
-    """Makes or reopens a run folder, and locks it against a second process until the block ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another process; give another --out") from None
-        claim_folder(folder, settings, overwrite)
-        yield
+    return lock
 
 
 # ---- device and processes
@@ -1219,11 +1198,7 @@ def keep_memory(keep=True):
 
 
 def setup(name="auto", deterministic=False):
-    """Prepares PyTorch for a run.
-
-    Args: name: of the device. deterministic: use only operations that repeat their bits on CUDA.
-    Returns: the device, rank of this process, number of processes (0 and 1 without torchrun).
-    """
+    """Prepares PyTorch for a run, and joins the other processes of torchrun; returns the device."""
     keep_memory()
     torch.set_flush_denormal(True)  # momenta that decay to denormals make a CPU ten times slower
     if deterministic:
@@ -1241,11 +1216,16 @@ def setup(name="auto", deterministic=False):
         raise UserError(f"--device {name} does not exist here; use --device cpu") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_torchelastic_launched():  # by torchrun
-        return device, 0, 1
-    if not dist.is_initialized():
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group({"cuda": "nccl"}.get(device.type, "gloo"))
-    return device, dist.get_rank(), dist.get_world_size()
+    return device
+
+
+def processes():
+    """Rank of this process and number of processes: 0 and 1 without torchrun."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def resolve_amp(device, amp):
@@ -1265,26 +1245,10 @@ def autocast(device, amp):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def wait_for_all(world):
+def wait_for_all():
     """Waits until every process has come here."""
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a list that Ctrl-C and SIGTERM fill, for the training loop to read between steps."""
-    caught = []
-    old = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, lambda number, frame: caught.append(number))
-    try:
-        yield caught
-        if caught:
-            raise KeyboardInterrupt("stopped after the last step")
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def any_process(flag, device):
@@ -1293,6 +1257,21 @@ def any_process(flag, device):
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that Ctrl-C and SIGTERM fill, for the training loop to read between steps."""
+    caught, old = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt("stopped after the last step")
 
 
 # ---- how good are the features?
@@ -1309,7 +1288,6 @@ def auroc(scores, labels, weights=None):
         weights: (n,) or (R, n) array, how often each case counts.
     Returns: a number, or R of them; NaN if one class is missing.
     """
-    scores, labels = np.asarray(scores), np.asarray(labels)
     if weights is None:
         weights = np.ones(len(labels))
     order = np.argsort(scores)
@@ -1338,6 +1316,11 @@ def finding_aurocs(scores, labels, weights=None):
     with np.errstate(invalid="ignore"):
         mean = each.sum(-1, keepdims=True, where=defined) / defined.sum(-1, keepdims=True)
     return np.concatenate([mean, each], -1)
+
+
+def mean_auroc(scores, labels):
+    """Mean AUROC over the findings that have both classes: (n, F), (n, F) -> a number."""
+    return finding_aurocs(scores, labels)[0]
 
 
 @torch.no_grad()
@@ -1382,7 +1365,7 @@ def knn_auroc(encoder, data, size, amp="auto", seed=0):
         rows = rows[torch.randperm(len(rows), generator=generator(seed, "knn"))[:2000]]
         features.append(predict(encoder, data.images, rows, size, amp))
         labels.append(data.labels[rows])
-    return finding_aurocs(knn_scores(features[0], labels[0], features[1]), labels[1])[0]
+    return mean_auroc(knn_scores(features[0], labels[0], features[1]), labels[1])
 
 
 def effective_rank(z):
@@ -1415,48 +1398,40 @@ def collapse_warning(row):
 # ---- data and model of a run
 
 
-def draw_demo(names, root, rank=0, world=1):
-    """Draws the demo set if `--data` names it and it is not there; the first process does."""
-    demo = Path(root) / "demo"
-    if rank == 0 and "demo" in names.split(",") and not (demo / "meta.json").exists():
+def open_data(config):
+    """The prepared dataset of `--data`; the demo set is drawn if it is not there yet."""
+    demo = Path(config.data_root) / config.data
+    rank, _ = processes()
+    if rank == 0 and config.data == "demo" and not (demo / "meta.json").exists():
         import data_prep
 
         failed = data_prep.main(["demo", "--out", str(demo)])
         require(not failed, "the demo set could not be made; see the line above")
-    wait_for_all(world)
+    wait_for_all()
+    return PreparedData(config.data, config.data_root)
 
 
-def open_sets(names, root="data"):
-    """The prepared datasets of `--data a,b`."""
-    sets = [PreparedData(name, root) for name in names.split(",")]
-    sizes = [data.size for data in sets]
-    require(len(set(sizes)) == 1, f"pooled sets differ in size: {sizes} pixels")
-    return sets
-
-
-def pretraining_rows(sets, exclude_ids="", include_val=False):
-    """Rows of the pooled datasets: those to train on, and validation images to watch.
+def pretraining_rows(data, exclude_ids="", include_val=False):
+    """Rows of the images to train on; and of validation images to watch, in random order.
 
     Args: exclude_ids: file of image names to leave out of training. include_val: train on the
         validation images too.
-    Returns: two int64 tensors; the second in random order.
     """
-    split = np.concatenate([data.split for data in sets])
-    train = np.isin(split, ("train", "val")) if include_val else split == "train"
+    rows, val = data.indices("train"), data.indices("val")
+    if include_val:
+        rows = data.indices("train", "val")
     if exclude_ids:
         lines = Path(exclude_ids).read_text().splitlines()
-        names = np.concatenate([data.names for data in sets])
-        banned = np.isin(names, [line.strip() for line in lines])
+        banned = torch.from_numpy(np.isin(data.names, [line.strip() for line in lines]))
         expected = f"{exclude_ids}: expected names of labels.csv, one a line; found {lines[:1]}"
         require(banned.any(), f"{expected}, and no line that names an image")
-        train = train & ~banned
-    val = torch.from_numpy(np.flatnonzero(split == "val"))
-    order = torch.randperm(len(val), generator=generator("monitor"))
-    return torch.from_numpy(np.flatnonzero(train)), val[order]
+        rows = rows[~banned[rows]]
+    return rows, val[torch.randperm(len(val), generator=generator("monitor"))]
 
 
-def choose_batch_size(wanted, images, device, world=1):
+def choose_batch_size(wanted, images, device):
     """The batch of `--batch-size`; 0: 256 on CUDA, 64 elsewhere, never more than the images."""
+    _, world = processes()
     if wanted == 0:
         wanted = min({"cuda": 256}.get(device.type, 64), images)
         wanted -= wanted % world
@@ -1466,24 +1441,24 @@ def choose_batch_size(wanted, images, device, world=1):
     return wanted
 
 
-def load_batches(steps, sets, rows, views, config, device, rank=0, world=1):
+def load_batches(steps, data, rows, views, config, device):
     """Yields the batches of some steps: number of the step, images, parameters of their views.
 
     The order of an epoch depends on (seed, epoch) alone, the views on (seed, step): a run that was
     stopped resumes with the batches that it would have had. A thread loads one batch ahead.
-    Args: rows: of the images to train on. rank, world: this process, and how many share a batch.
+    Args: rows: of the images to train on.
     Yields: step, images (B / world, S, S) uint8, dict of (2, B / world) parameters.
     """
-    batch_size, seed = config.batch_size, config.seed
+    rank, world = processes()
 
     def load(step):
-        epoch, step_in_epoch = divmod(step, len(rows) // batch_size)
-        order = torch.randperm(len(rows), generator=generator(seed, "order", epoch))
-        batch = rows[order].split(batch_size)[step_in_epoch]
-        params = views.draw(batch_size, sets[0].size, generator(seed, "views", step))
+        epoch, step_in_epoch = divmod(step, len(rows) // config.batch_size)
+        order = torch.randperm(len(rows), generator=generator(config.seed, "order", epoch))
+        batch = rows[order].split(config.batch_size)[step_in_epoch]
+        params = views.draw(len(batch), data.size, generator(config.seed, "views", step))
 
-        mine = torch.arange(batch_size).chunk(world)[rank]  # the part of this process
-        images = gather_images(sets, batch[mine])
+        mine = torch.arange(len(batch)).chunk(world)[rank]  # the part of this process
+        images = data.images[batch[mine]]
         params = {name: value[:, mine] for name, value in params.items()}
         if device.type == "cuda":  # pinned memory is copied while the GPU computes
             torch.cuda.set_device(device)  # of this thread
@@ -1531,6 +1506,7 @@ def build_parts(config, device):
 LOSS_WEIGHTS = ("local_weight", "sim_coeff", "std_coeff", "cov_coeff")
 READ_EVERY = 5  # steps
 VIEW_SETTINGS = tuple(f.name for f in fields(RandomViews))
+VALIDATION_IMAGES = 512  # at most; the covariance term depends on the number of images
 
 
 def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_weights):
@@ -1633,7 +1609,7 @@ class GraphedStep:
             print(f"the CUDA graph differs from a step by {error:.2g}: it is not used")
 
 
-def for_training(model, device, world=1, compile=False):
+def for_training(model, device, compile=False):
     """The model as the training step calls it: compiled, and in step with other processes.
 
     SyncBatchNorm replaces BatchNorm in the model, if it is on several GPUs.
@@ -1641,7 +1617,7 @@ def for_training(model, device, world=1, compile=False):
     if compile:  # the blocks, whose passes over the maps are then few
         for block in model.encoder.context.values():
             block.compile(dynamic=False)
-    if world == 1:
+    if not dist.is_initialized():
         return model
     synchronised = device.type == "cuda"
     if synchronised:  # on a CPU, every process has the statistics of its own part of the batch
@@ -1651,23 +1627,22 @@ def for_training(model, device, world=1, compile=False):
     )
 
 
-def prepare_step(config, parts, views, device, world=1):
+def prepare_step(config, parts, views, device):
     """The training step of a run: a function of images, view parameters and learning rate.
 
-    It works in step with the other processes, on compiled blocks and as a CUDA graph, where the
+    It works in step with other processes, on compiled blocks and as a CUDA graph, where the
     configuration and the device say so.
-    Args: parts: of `build_parts`.
     """
     model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
     amp, weights = resolve_amp(device, config.amp), select(config, *LOSS_WEIGHTS)
-    parallel_model = for_training(model, device, world, config.compile)
+    called = for_training(model, device, config.compile)
 
     def step(images, params, lr):
         view1, view2 = views(images.to(device, non_blocking=True), params=params)
-        return train_step(parallel_model, optimizer, scaler, view1, view2, lr, amp, **weights)
+        return train_step(called, optimizer, scaler, view1, view2, lr, amp, **weights)
 
     # A graph is of one process, and the scaler of float16 reads numbers during a step.
-    eager = config.deterministic or world > 1 or amp == "fp16" or device.type != "cuda"
+    eager = config.deterministic or dist.is_initialized() or amp == "fp16" or device.type != "cuda"
     if config.graph and not eager:
         return GraphedStep(step, model, optimizer)
     return step
@@ -1690,15 +1665,11 @@ def read_logs(pending, step, scaler):
     return rows
 
 
-VALIDATION_IMAGES = 512  # at most; the covariance term depends on the number of images
-
-
 @torch.no_grad()
-def validation_metrics(model, sets, rows, views, seed=0, amp="off", **loss_weights):
+def validation_metrics(model, data, rows, views, seed=0, amp="off", **loss_weights):
     """Loss of validation images on fixed views; standard deviation and rank of both embeddings.
 
     The images are embedded in chunks, but the loss is computed once, over all of them.
-    Args: rows: pooled rows. views: RandomViews. loss_weights: of `mlvicx_loss`.
     Returns: dict of floats for metrics.csv; empty with fewer than two images.
     """
     rows = rows[:VALIDATION_IMAGES]
@@ -1708,8 +1679,7 @@ def validation_metrics(model, sets, rows, views, seed=0, amp="off", **loss_weigh
     model.eval()
     chunks = []
     for i, chunk in enumerate(rows.split(64)):
-        images = gather_images(sets, chunk).to(device)
-        view1, view2 = views(images, generator(seed, "val", i))
+        view1, view2 = views(data.images[chunk].to(device), generator(seed, "val", i))
         with autocast(device, amp):
             z_global, z_local = model(view1, view2)
         chunks.append(torch.stack([*z_global, *(z_local or ())]).float())  # (2 or 4, chunk, D)
@@ -1725,7 +1695,7 @@ def validation_metrics(model, sets, rows, views, seed=0, amp="off", **loss_weigh
 
 
 @torch.compiler.set_stance("force_eager")  # batches of other sizes would be compiled anew
-def finish_epoch(config, parts, state, seconds, sets, val_rows, views, folder):
+def finish_epoch(config, parts, state, seconds, data, val_rows, views, folder):
     """Evaluates the model at the end of an epoch, writes encoder.pt and metrics.csv, reports.
 
     Args: parts, state: see `save_training`; the history gets a new row. seconds: of a step.
@@ -1736,57 +1706,32 @@ def finish_epoch(config, parts, state, seconds, sets, val_rows, views, folder):
     logs = pd.DataFrame(state["logs"]).replace(math.inf, math.nan)  # inf: a step of fp16, skipped
     row.update(logs.mean().to_dict())
     common, weights = select(config, "amp", "seed"), select(config, *LOSS_WEIGHTS)
-    row.update(validation_metrics(model, sets, val_rows, views, **common, **weights))
+    row.update(validation_metrics(model, data, val_rows, views, **common, **weights))
     if config.knn_every and (epoch % config.knn_every == 0 or epoch == config.epochs):
-        scores = [knn_auroc(model.encoder, data, config.size, **common) for data in sets]
-        if not np.isnan(scores).all():  # NaN: a dataset without labels
-            row["knn_auroc"] = float(np.nanmean(scores))
+        score = knn_auroc(model.encoder, data, config.size, **common)
+        if not math.isnan(score):  # NaN: a dataset without labels
+            row["knn_auroc"] = float(score)
     model.train()
-    state["history"].append(row)
 
-    about = {"arch": model.encoder.arch, "size": config.size, "data": [d.origin for d in sets]}
+    state["history"].append(row)
+    about = {"arch": model.encoder.arch, "size": config.size, "data": [data.origin]}
     save_checkpoint(folder / "encoder.pt", encoder=model.encoder.state_dict(), **about)
     with replacing(folder / "metrics.csv") as f:
         pd.DataFrame(state["history"]).to_csv(f, index=False)
-    print_epoch(row, config.epochs, config.batch_size, seconds)
 
-
-def print_epoch(row, epochs, batch_size, seconds):
-    """Prints one line of at most 120 characters, and a warning if an embedding has collapsed.
-
-    Args: row: of metrics.csv. seconds: that a step takes.
-    """
-    text = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}"
+    text = f"epoch {epoch}/{config.epochs}  loss {row['loss']:.3f}"
     if "loss_local" in row:
         text += f" (global {row['loss_global']:.3f}, local {row['loss_local']:.3f})"
     for name, shown in (("val_loss", "val"), ("knn_auroc", "k-NN AUROC")):
         if name in row:
             text += f"  {shown} {row[name]:.3f}"
-    steps_left = (epochs - row["epoch"]) * row["step"] / row["epoch"]
+    steps_left = (config.epochs / epoch - 1) * state["step"]
     hours, minutes = divmod(math.ceil(steps_left * seconds / 60), 60)
-    tqdm.write(f"{text}  {batch_size / seconds:.0f} images/s  {hours} h {minutes:02d} min left")
+    speed = f"{config.batch_size / seconds:.0f} images/s"
+    tqdm.write(f"{text}  {speed}  {hours} h {minutes:02d} min left")
     warning = collapse_warning(row)
     if warning:
         tqdm.write(warning)
-
-
-@contextlib.contextmanager
-def training_folder(config, sets, rank, world, **chosen):
-    """Opens the run folder of a pre-training in the first process, and yields its path in all."""
-    default = "-".join(data.folder.name for data in sets)
-    folder = Path(config.out or f"runs/{default}")
-    owner = contextlib.nullcontext()
-    if rank == 0:
-        owner = open_run(folder, run_settings(config, sets, **chosen), config.overwrite)
-    with owner:
-        wait_for_all(world)  # until the folder is there
-        if rank == 0:
-            print(f"{folder}: {chosen}", flush=True)
-        try:
-            yield folder
-        except KeyboardInterrupt:
-            wait_for_all(world)  # torchrun ends all when one has ended; the first may still write
-            raise
 
 
 def pretrain(config):
@@ -1797,30 +1742,35 @@ def pretrain(config):
     Source: authors' code for the recipe.
     """
     # Data. torchrun starts one process a GPU; the first one (rank 0) writes the files.
-    device, rank, world = setup(config.device, config.deterministic)
+    device = setup(config.device, config.deterministic)
+    rank, _ = processes()
     torch.backends.cudnn.benchmark = not config.deterministic  # all batches are equally large
-    draw_demo(config.data, config.data_root, rank, world)
-    sets = open_sets(config.data, config.data_root)
-    rows, val_rows = pretraining_rows(sets, config.exclude_ids, config.include_val)
-    batch_size = choose_batch_size(config.batch_size, len(rows), device, world)
+    data = open_data(config)
+    rows, val_rows = pretraining_rows(data, config.exclude_ids, config.include_val)
+    batch_size = choose_batch_size(config.batch_size, len(rows), device)
     config = replace(config, batch_size=batch_size)
     views = RandomViews(**select(config, *VIEW_SETTINGS))
     epoch_steps = len(rows) // batch_size  # the remainder is dropped; another one each epoch
     total_steps, warmup_steps = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
 
+    # Run folder.
+    folder, lock = Path(config.out or f"runs/{data.folder.name}"), contextlib.nullcontext()
+    if rank == 0:
+        amp = resolve_amp(device, config.amp)
+        chosen = {"images": len(rows), "batch_size": batch_size, "amp": amp}
+        lock = open_run(folder, run_settings(config, data, **chosen), config.overwrite)
+        print(f"{folder}: {chosen}", flush=True)
+    wait_for_all()
+
     # Model and optimiser.
     parts = build_parts(config, device)
-    step = prepare_step(config, parts, views, device, world)
-    amp = resolve_amp(device, config.amp)
-    chosen = {"images": len(rows), "batch_size": batch_size, "amp": amp}
-    with stop_signals() as signals, training_folder(config, sets, rank, world, **chosen) as folder:
+    step = prepare_step(config, parts, views, device)
+    with lock, stop_signals() as signals:
         state = resume(folder, parts)
         pending, first_step, saved, started = [], state["step"], time.monotonic(), time.monotonic()
         steps = range(first_step, total_steps)
         steps = tqdm(steps, initial=first_step, total=total_steps, disable=rank > 0 or None)
-        for i, images, params in load_batches(
-            steps, sets, rows, views, config, device, rank, world
-        ):
+        for i, images, params in load_batches(steps, data, rows, views, config, device):
             # One step: two views of every image, and one update of the weights (`train_step`).
             lr = cosine_schedule(i, total_steps, warmup_steps, config.lr * batch_size / 256)
             pending.append(step(images, params, lr))
@@ -1838,7 +1788,7 @@ def pretrain(config):
             if epoch_ends:
                 seconds = (time.monotonic() - started) / (state["step"] - first_step)
                 if rank == 0:
-                    finish_epoch(config, parts, state, seconds, sets, val_rows, views, folder)
+                    finish_epoch(config, parts, state, seconds, data, val_rows, views, folder)
                 state["logs"] = []
 
             # Checkpoint: now and then, at the end, and before the run stops.
@@ -1847,7 +1797,11 @@ def pretrain(config):
                 save_training(folder, parts, state)
                 saved = time.monotonic()
             if stopped:
-                raise KeyboardInterrupt(f"stopped at step {i + 1}; the same command resumes there")
+                break
+        wait_for_all()  # torchrun ends all processes when one ends; the first may still write
+        if state["step"] < total_steps:
+            text = f"stopped at step {state['step']}; the same command resumes there"
+            raise KeyboardInterrupt(text)
     return folder
 
 
@@ -1856,9 +1810,8 @@ def pretrain(config):
 
 
 def load_module(path, name):
-    """The encoder or the classifier of a weight file, and all that the file holds.
+    """The "encoder" or the "classifier" of a weight file, and all that the file holds.
 
-    Args: name: "encoder" or "classifier".
     Raises: UserError if the file holds no such module, or naming the key that does not fit.
     """
     # Deviation: a file that does not fit is an error; context-bottlenecks go along downstream.
@@ -1938,11 +1891,6 @@ def masked_bce(logits, labels):
     return (loss * known).sum(0) / known.sum(0).clamp(min=1)
 
 
-def mean_auroc(scores, labels):
-    """Mean AUROC over the findings that have both classes: (n, F), (n, F) -> a number."""
-    return finding_aurocs(scores, labels)[0]
-
-
 def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
     """Logistic regression on frozen features; the L2 strength with the best validation mean AUROC.
 
@@ -1955,7 +1903,7 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
     # Deviation: the linear probe is solved by L-BFGS, not by AdamW.
     mean, std = x.mean(0), x.std(0, correction=0)
     std = std.clamp(min=1e-3 * float(std.mean()) + 1e-12)
-    x_scaled, x_val_scaled = (x - mean) / std, (x_val - mean) / std
+    x, x_val = (x - mean) / std, (x_val - mean) / std
     weight = torch.zeros(y.shape[1], x.shape[1], requires_grad=True)
     bias = torch.zeros(y.shape[1], requires_grad=True)
     fits = []
@@ -1964,14 +1912,14 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
 
         def closure(solver=solver, strength=strength):  # the loss, for L-BFGS
             solver.zero_grad()
-            loss = masked_bce(F.linear(x_scaled, weight, bias), y).sum()
+            loss = masked_bce(F.linear(x, weight, bias), y).sum()
             loss = loss + strength / 2 * weight.square().sum()
             loss.backward()
             return loss
 
         solver.step(closure)
         with torch.no_grad():
-            score = mean_auroc(F.linear(x_val_scaled, weight, bias), y_val)
+            score = mean_auroc(F.linear(x_val, weight, bias), y_val)
             fits.append((score, weight / std, bias.clone()))
     _, weight, bias = max(fits, key=lambda fit: fit[0])
     return weight, bias - weight @ mean
@@ -2053,21 +2001,13 @@ def dice_metrics(counts, weights=None):
     if weights is None:
         weights = np.ones(len(counts))
     both, predicted, true = counts.T.astype(float)
-    total = predicted + true
-    has_mask = true > 0
+    total, has_mask = predicted + true, true > 0
     every = np.ones(len(counts))
     dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)  # of each image
-    ratios = []
-    for part, whole in (
-        (dice, every),  # dice_all
-        (dice * has_mask, has_mask),  # dice_positive
-        (2 * both, total),  # dice_pooled
-        (~has_mask, every),  # dice_blank
-        (both, total - both),  # iou_pooled
-    ):
-        with np.errstate(invalid="ignore"):
-            ratios.append((weights * part).sum(-1) / (weights * whole).sum(-1))
-    return np.stack(ratios, -1)
+    parts = [dice, dice * has_mask, 2 * both, ~has_mask, both]
+    wholes = [every, has_mask, total, every, total - both]
+    with np.errstate(invalid="ignore"):
+        return (weights @ np.transpose(parts)) / (weights @ np.transpose(wholes))
 
 
 def pooled_dice(logits, masks, threshold=0.5):
@@ -2083,7 +2023,6 @@ def augment(images, target, views, rng):
     """One random view of every image; masks get the same crop, flip and rotation.
 
     Args: images: uint8 (B, S, S). target: 0/1 masks, the same; another target stays as it is.
-        views: RandomViews.
     Returns: float (B, size, size) images, and 0/1 masks (B, size, size) or the target.
     """
     params = views.draw(len(images), images.shape[-1], rng)
@@ -2149,15 +2088,12 @@ def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
 
 
 def prepare_evaluation(config, task):
-    """What `classify` and `segment` need: dataset, device, run folder; checked before any work."""
+    """Dataset, device and run folder of `classify` and `segment`; all is checked before any work."""
     require(config.batch_size > 0, "--batch-size: expected 1 or more, found 0")
-    device, _, _ = setup(config.device)
-    draw_demo(config.data, config.data_root)
-    data = PreparedData(config.data, config.data_root)
+    device, data, names = setup(config.device), open_data(config), []
     for split in ("train", "val", "test"):
         text = f"{data.folder} has no {split} images; prepare it with a {split} split"
         require(len(data.indices(split)), text)
-    names = []
     for weights in config.weights.split(","):
         _, about = load_encoder(weights, 0, config.backbone)  # to fail early, if it must
         warn_overlap(about.get("data", ()), data.origin)
@@ -2186,7 +2122,6 @@ def run_units(config, data, device, folder, run_unit):
     Returns: label fraction -> list of arrays, in the order of weights and seeds.
     """
     results = {fraction: [] for fraction in config.labels}
-    architecture = select(config, "backbone", "context", "attention")
     for index, weights in enumerate(config.weights.split(",")):
         for seed in range(config.seed, config.seed + config.seeds):
             encoder_seed = seed + index * config.seeds
@@ -2196,6 +2131,7 @@ def run_units(config, data, device, folder, run_unit):
             for fraction in config.labels:
                 path = folder / f"unit-{fraction:g}-{index}-{seed}-{source}.npy"
                 if not path.exists():
+                    architecture = select(config, "backbone", "context", "attention")
                     encoder, _ = load_encoder(weights, encoder_seed, **architecture)
                     encoder = encoder.to(device, memory_format=torch.channels_last)
                     torch.manual_seed(seed)
@@ -2210,7 +2146,6 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
     """Mean and std over runs; 95 % bootstrap interval over test patients of the mean over runs.
 
     With several encoders, the std is that of their means over the runs of each.
-
     Args:
         runs: one array a run. patients: (n,). metric: (run, weights (..., n)) -> (..., M) numbers,
             where the weights say how often each image counts. encoders: runs of one encoder stand
@@ -2235,10 +2170,8 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
     return [{"mean": mean, "std": std, "ci95": ci95} for mean, std, *ci95 in table]
 
 
-def write_results(folder, task, config, data, val, tests):
-    """Writes results.json and prints its intervals.
-
-    Args: val: rows that chose the recipe. tests: label fraction -> its results.
+def write_results(folder, task, config, data, tests):
+    """Writes results.json and prints its intervals. Args: tests: label fraction -> its results.
 
     The results of one fraction stand under "test"; of several, under "test" and their fractions.
     Returns: the dict written.
@@ -2249,7 +2182,7 @@ def write_results(folder, task, config, data, val, tests):
         fraction = config.labels[0]
         results.update(labels=fraction, test=tests[fraction])
     results["weights_sha256"] = [weights_hash(weights) for weights in config.weights.split(",")]
-    results.update(settings=run_settings(config, [data]), provenance=provenance())
+    results.update(settings=run_settings(config, data), provenance=provenance())
     write_json(folder / "results.json", results)
 
     table = pd.DataFrame()
@@ -2265,7 +2198,8 @@ def write_results(folder, task, config, data, val, tests):
                 text = f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
             table.loc[name, f"{100 * fraction:g} % of the labels"] = text
     print(f"\n{config.weights}, {config.mode}: mean and 95 % interval on the test images;")
-    print(f"epoch, strength and threshold are chosen on all {len(val)} validation images")
+    count = len(data.indices("val"))
+    print(f"epoch, strength and threshold are chosen on all {count} validation images")
     print(table.to_string())
     print(f"written: {folder / 'results.json'}")
     return results
@@ -2339,18 +2273,18 @@ def classify(config):
             scores = predict(model, data.images, test, config.size, config.amp)
 
         about = {"arch": encoder.arch, "findings": names, "size": config.size}
-        about.update(prepared_size=data.size, trained_on=config.data)
+        about["prepared_size"] = data.size
         save_checkpoint(folder / "classifier.pt", classifier=model.state_dict(), **about)
         # A finding of which the training labels show one class alone has no classifier.
         learned = (labels[rows] == 1).any(0) & (labels[rows] == 0).any(0)
         return scores.masked_fill(~learned, math.nan).numpy()
 
-    with open_run(folder, run_settings(config, [data]), config.overwrite):
+    with open_run(folder, run_settings(config, data), config.overwrite):
         y, patients, tests = labels[test].numpy(), data.patient[test.numpy()], {}
         encoders = len(config.weights.split(","))
         for fraction, runs in run_units(config, data, device, folder, run_unit).items():
             tests[fraction] = classification_results(runs, y, patients, names, encoders)
-        return write_results(folder, "classify", config, data, val, tests)
+        return write_results(folder, "classify", config, data, tests)
 
 
 # ---- segmentation
@@ -2384,12 +2318,12 @@ def segment(config):
         logits = predict(model, data.images, test, config.size, config.amp)
         return segmentation_counts(logits, data.masks[test], thresholds[np.argmax(dices)])
 
-    with open_run(folder, run_settings(config, [data]), config.overwrite):
+    with open_run(folder, run_settings(config, data), config.overwrite):
         encoders, tests = len(config.weights.split(",")), {}
         for fraction, runs in run_units(config, data, device, folder, run_unit).items():
             found = interval(runs, data.patient[test.numpy()], dice_metrics, encoders)
             tests[fraction] = dict(zip(DICE_NAMES, found, strict=True))
-        return write_results(folder, "segment", config, data, val, tests)
+        return write_results(folder, "segment", config, data, tests)
 
 
 # ---- heatmaps
@@ -2421,17 +2355,17 @@ def predict_files(config):
     """
     from data_prep import list_files, read_xray, resize_xray
 
-    device, _, _ = setup(config.device)
     model, state = load_module(config.weights, "classifier")
-    model = model.to(device)
-    out, paths = Path(config.out), []
-    require(config.overwrite or not out.exists(), f"{out} exists; give another --out")
+    model = model.to(setup(config.device))
+    writable = config.overwrite or not Path(config.out).exists()
+    require(writable, f"{config.out} exists; give another --out")
+    paths = []
     for path in map(Path, config.files):
         require(path.exists(), f"looked for X-rays at {path}: there is nothing")
+        found = [path]
         if path.is_dir():
-            paths.extend(sorted(list_files(path)))
-        else:
-            paths.append(path)
+            found = sorted(list_files(path))
+        paths += found
 
     table = {}
     for path in tqdm(paths, disable=None):
@@ -2444,9 +2378,9 @@ def predict_files(config):
         table[str(path)] = logits[0].sigmoid().tolist()
     require(table, f"none of {len(paths)} files could be read; PNG, JPEG and DICOM can")
     frame = pd.DataFrame.from_dict(table, "index", columns=state["findings"])
-    with replacing(out) as f:
+    with replacing(config.out) as f:
         frame.to_csv(f, index_label="image", errors="surrogateescape")
-    print(f"written: {out} ({len(table)} of {len(paths)} images)")
+    print(f"written: {config.out} ({len(table)} of {len(paths)} images)")
 
 
 def export(config):
@@ -2470,16 +2404,14 @@ def export(config):
 
 def closing_table(config, folder):
     """Prints what a linear probe gives on frozen features, random and just learned."""
-    names = ("data_root", "size", "seed", "device", "amp", "backbone", "context", "attention")
-    given = dict(select(config, *names), overwrite=True)
-    for data in open_sets(config.data, config.data_root):
-        try:
-            for name, weights in (("random", "random"), ("learned", f"{folder}/encoder.pt")):
-                out = f"{folder}/probe-{data.folder.name}-{name}"
-                given.update(data=str(data.folder), weights=weights, out=out)
-                classify(make_config("classify", ClassifyConfig, given))
-        except UserError as e:  # a set without labels, say
-            print(f"no linear probe: {e}")
+    names = ("data", "data_root", "size", "seed", "device", "amp", "backbone", "context")
+    given = dict(select(config, *names, "attention"), overwrite=True)
+    try:
+        for name, weights in (("random", "random"), ("learned", f"{folder}/encoder.pt")):
+            given.update(weights=weights, out=f"{folder}/probe-{name}")
+            classify(make_config("classify", ClassifyConfig, given))
+    except UserError as e:  # a set without labels, say
+        print(f"no linear probe: {e}")
 
 
 COMMANDS = {
@@ -2508,13 +2440,12 @@ def field_help(cls):
     return found
 
 
-def add_flag(parser, command, setting, text):
+def add_flag(parser, setting, text, preset):
     """Adds the flag of one field of a configuration class. Args: text: its help."""
     name, default = setting.name, setting.default
     if name == "files":
         parser.add_argument(name, nargs="+", help=text)
         return
-    preset = PRESETS.get((command, "demo"), {})
     if default != "" and default is not False:
         text += f" (default: {default})"
     if name in preset:
@@ -2537,9 +2468,9 @@ def build_parser():
     for command, (cls, run) in COMMANDS.items():
         summary = run.__doc__.splitlines()[0]
         sub = commands.add_parser(command, help=summary, description=summary)
-        texts = field_help(cls)
+        texts, preset = field_help(cls), PRESETS.get((command, "demo"), {})
         for setting in fields(cls):
-            add_flag(sub, command, setting, texts[setting.name])
+            add_flag(sub, setting, texts[setting.name], preset)
     return parser
 
 
@@ -2553,8 +2484,7 @@ def main(argv=None):
         require(allowed, f"{command} runs in one process; start it with python, not with torchrun")
         config = make_config(command, cls, given)
         result = run(config)
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        if command == "pretrain" and first:
+        if command == "pretrain" and processes()[0] == 0:
             closing_table(config, result)
         return 0
     except (UserError, OSError) as e:

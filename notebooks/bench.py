@@ -27,7 +27,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 STARTED = time.perf_counter()
 HERE = Path(__file__).resolve().parent
@@ -189,7 +188,7 @@ def step_parts(config, device):
     }
     parts = {name: torch.no_grad()(amp(call)) for name, call in forward.items()}
     others = {
-        "read": lambda: m.gather_images([SimpleNamespace(images=images)], 16 * torch.arange(batch)),
+        "read": lambda: images[16 * torch.arange(batch)],
         "views": lambda: ours(images[:batch], m.generator("bench")),
         "views, torchvision": lambda: list(theirs),
         "losses": lambda: m.mlvicx_loss(*z),
@@ -448,7 +447,7 @@ def main(argv=None):
     parser.add_argument("--out", default="", help="JSON file to write")
     config = parser.parse_args(argv)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
-    device, _, _ = m.setup(config.device)
+    device = m.setup(config.device)
     measure = training if device.type == "cuda" else steps
     result = save(config, measure(config, device))
     print(json.dumps(result, indent=1))
