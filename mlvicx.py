@@ -1270,8 +1270,6 @@ def stop_signals():
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-    if caught:
-        raise KeyboardInterrupt("stopped after the last step")
 
 
 # ---- how good are the features?
@@ -1288,6 +1286,7 @@ def auroc(scores, labels, weights=None):
         weights: (n,) or (R, n) array, how often each case counts.
     Returns: a number, or R of them; NaN if one class is missing.
     """
+    scores, labels = np.asarray(scores), np.asarray(labels)
     if weights is None:
         weights = np.ones(len(labels))
     order = np.argsort(scores)
@@ -1398,17 +1397,15 @@ def collapse_warning(row):
 # ---- data and model of a run
 
 
-def open_data(config):
-    """The prepared dataset of `--data`; the demo set is drawn if it is not there yet."""
-    demo = Path(config.data_root) / config.data
-    rank, _ = processes()
-    if rank == 0 and config.data == "demo" and not (demo / "meta.json").exists():
+def draw_demo(config):
+    """Draws the demo set if `--data` names it and it is not there; the first process does."""
+    demo = Path(config.data_root) / "demo"
+    wanted = config.data == "demo" and processes()[0] == 0
+    if wanted and not (demo / "meta.json").exists():
         import data_prep
 
         failed = data_prep.main(["demo", "--out", str(demo)])
         require(not failed, "the demo set could not be made; see the line above")
-    wait_for_all()
-    return PreparedData(config.data, config.data_root)
 
 
 def pretraining_rows(data, exclude_ids="", include_val=False):
@@ -1636,6 +1633,7 @@ def prepare_step(config, parts, views, device):
     model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
     amp, weights = resolve_amp(device, config.amp), select(config, *LOSS_WEIGHTS)
     called = for_training(model, device, config.compile)
+    torch.backends.cudnn.benchmark = not config.deterministic  # all batches are equally large
 
     def step(images, params, lr):
         view1, view2 = views(images.to(device, non_blocking=True), params=params)
@@ -1734,18 +1732,30 @@ def finish_epoch(config, parts, state, seconds, data, val_rows, views, folder):
         tqdm.write(warning)
 
 
+def open_training(config, data, device, images):
+    """The run folder of a pre-training and its lock, which the first process holds for all."""
+    folder, lock = Path(config.out or f"runs/{data.folder.name}"), contextlib.nullcontext()
+    if processes()[0] == 0:
+        chosen = {"images": images, "batch_size": config.batch_size}
+        chosen["amp"] = resolve_amp(device, config.amp)
+        lock = open_run(folder, run_settings(config, data, **chosen), config.overwrite)
+        print(f"{folder}: {chosen}", flush=True)
+    wait_for_all()  # until the folder is there
+    return folder, lock
+
+
 def pretrain(config):
     """Trains an encoder without labels; writes metrics.csv, last.pt and encoder.pt.
 
-    Args: config: PretrainConfig. A run folder whose run was stopped is resumed.
-    Returns: the run folder. Raises: UserError; KeyboardInterrupt after a stop signal was obeyed.
-    Source: authors' code for the recipe.
+    Args: config: PretrainConfig. A run folder whose run was stopped is resumed. Returns: the run
+    folder. Raises: UserError; KeyboardInterrupt after a stop signal. Source: authors' code.
     """
     # Data. torchrun starts one process a GPU; the first one (rank 0) writes the files.
     device = setup(config.device, config.deterministic)
     rank, _ = processes()
-    torch.backends.cudnn.benchmark = not config.deterministic  # all batches are equally large
-    data = open_data(config)
+    draw_demo(config)
+    wait_for_all()
+    data = PreparedData(config.data, config.data_root)
     rows, val_rows = pretraining_rows(data, config.exclude_ids, config.include_val)
     batch_size = choose_batch_size(config.batch_size, len(rows), device)
     config = replace(config, batch_size=batch_size)
@@ -1753,18 +1763,10 @@ def pretrain(config):
     epoch_steps = len(rows) // batch_size  # the remainder is dropped; another one each epoch
     total_steps, warmup_steps = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
 
-    # Run folder.
-    folder, lock = Path(config.out or f"runs/{data.folder.name}"), contextlib.nullcontext()
-    if rank == 0:
-        amp = resolve_amp(device, config.amp)
-        chosen = {"images": len(rows), "batch_size": batch_size, "amp": amp}
-        lock = open_run(folder, run_settings(config, data, **chosen), config.overwrite)
-        print(f"{folder}: {chosen}", flush=True)
-    wait_for_all()
-
-    # Model and optimiser.
+    # Model, optimiser and run folder.
     parts = build_parts(config, device)
     step = prepare_step(config, parts, views, device)
+    folder, lock = open_training(config, data, device, len(rows))
     with lock, stop_signals() as signals:
         state = resume(folder, parts)
         pending, first_step, saved, started = [], state["step"], time.monotonic(), time.monotonic()
@@ -1799,9 +1801,8 @@ def pretrain(config):
             if stopped:
                 break
         wait_for_all()  # torchrun ends all processes when one ends; the first may still write
-        if state["step"] < total_steps:
-            text = f"stopped at step {state['step']}; the same command resumes there"
-            raise KeyboardInterrupt(text)
+    if signals or state["step"] < total_steps:
+        raise KeyboardInterrupt(f"stopped at step {state['step']}; the same command resumes there")
     return folder
 
 
@@ -2090,7 +2091,9 @@ def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
 def prepare_evaluation(config, task):
     """Dataset, device and run folder of `classify` and `segment`; all is checked before any work."""
     require(config.batch_size > 0, "--batch-size: expected 1 or more, found 0")
-    device, data, names = setup(config.device), open_data(config), []
+    device, names = setup(config.device), []
+    draw_demo(config)
+    data = PreparedData(config.data, config.data_root)
     for split in ("train", "val", "test"):
         text = f"{data.folder} has no {split} images; prepare it with a {split} split"
         require(len(data.indices(split)), text)
