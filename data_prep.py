@@ -1293,61 +1293,31 @@ def list_siim(raw=None, patients=None, allow_missing=False):
     return listing.attach(Files(raw), ".dcm")
 
 
-def vinbig_labels(csv, boxes_csv=None, readers="majority"):
-    """Labels and boxes of VinDr-CXR, several readers an image.
+def list_vinbig(raw=None, readers="majority", allow_missing=False):
+    """VinBigData: `train.csv`, several readers an image, and `train/*.dicom`.
 
     Args:
-        csv: Kaggle's `train.csv`, a row a reader and box; or PhysioNet's `image_labels_*.csv`, a
-            row a reader, a column a finding, with its `annotations_*.csv` as `boxes_csv`.
         readers: a finding is present if `any` reader, or the `majority` of them, saw it.
-    Returns: (table, boxes): `image` and the findings; all boxes of the findings that are present.
+        raw, allow_missing: as for `list_nih`.
+    Returns: `Listing`, with all boxes of the findings that are present; split by image.
     """
-    other = {"Other disease": "Other diseases"}
+    csv = Path(raw, "train.csv")
     names = dict(zip("image_id class_name x_min y_min x_max y_max".split(), BOX, strict=True))
-    boxes = read_table(boxes_csv or csv, names, EDGES).replace({"finding": other})
-    boxes[["width", "height"]] -= boxes[["x", "y"]].to_numpy()
-    if boxes_csv:
-        rows = read_table(csv, ["image_id"]).rename(columns=other)
-        findings = [c for c in rows if c.lower() not in ("image_id", "rad_id", "no finding")]
-    else:
-        rows, findings = read_table(csv, ["rad_id"]), VINBIG_FINDINGS
-        odd = {*rows["class_name"]} - {*findings, "No finding"}
-        require(not odd, f"{csv}: unknown classes {odd}")
-        seen = pd.get_dummies(rows.set_index(["image_id", "rad_id"])["class_name"], dtype=int)
-        rows = seen.groupby(level=[0, 1], sort=False).max().reset_index()
-        rows = rows.reindex(columns=["image_id", *findings], fill_value=0)
-    valid = rows[findings].astype(str).isin(["0", "1"]).all(axis=None)
-    require(valid, f"{csv}: expected 0 or 1 in every finding")
+    rows = read_table(csv, {**names, "rad_id": "reader"}, EDGES)  # a row a reader and box
+    rows[["width", "height"]] -= rows[["x", "y"]].to_numpy()
+    odd = {*rows["finding"]} - {*VINBIG_FINDINGS, "No finding"}
+    require(not odd, f"{csv}: unknown classes {odd}")
 
-    share = rows[findings].astype(float).groupby(rows["image_id"], sort=False).mean()
-    present = share > 0
-    if readers == "majority":
-        present = share > 0.5
-    seen = present.stack()
-    seen = set(seen.index[seen])
-    kept = [pair in seen for pair in zip(boxes["image"], boxes["finding"], strict=True)]
-    table = present.astype(int).rename_axis(index="image", columns=None).reset_index()
-    return table, boxes[kept]
+    # Of the readers of an image, the share that saw a finding.
+    seen = pd.get_dummies(rows.set_index(["image", "reader"])["finding"], dtype=float)
+    share = seen.groupby(level=[0, 1], sort=False).max().groupby(level=0, sort=False).mean()
+    share = share.reindex(columns=VINBIG_FINDINGS, fill_value=0)
+    least = {"any": 0, "majority": 0.5}[readers]
+    table = (share > least).astype(int).reset_index()
+    present = table.melt("image", var_name="finding", value_name="present")
+    boxes = rows.merge(present[present["present"] == 1])
 
-
-def list_vinbig(raw=None, readers="majority", allow_missing=False):
-    """VinBigData / VinDr-CXR: Kaggle's `train.csv`, `train/*.dicom`, or PhysioNet's folders.
-
-    Args: as for `vinbig_labels` and `list_nih`.
-    Returns: `Listing`; PhysioNet's test set is kept, Kaggle's images are split by image.
-    """
-    lists = [Path(raw, "train.csv")]
-    if lists[0].is_file():
-        table, boxes = vinbig_labels(lists[0], None, readers)
-    else:
-        kinds = ("image_labels", "annotations")
-        lists = [Path(raw, "annotations", f"{k}_{s}.csv") for s in ("train", "test") for k in kinds]
-        train, boxes = vinbig_labels(*lists[:2], readers)
-        test, more = vinbig_labels(*lists[2:], readers)
-        table = [train.assign(split="train"), test.assign(split="test")]
-        table, boxes = pd.concat(table, ignore_index=True), pd.concat([boxes, more])
-    findings = [c for c in table if c not in ("image", "split")]
-    listing = Listing(table, findings, lists, boxes=boxes, allow_missing=allow_missing)
+    listing = Listing(table, VINBIG_FINDINGS, [csv], boxes=boxes, allow_missing=allow_missing)
     listing.rule += f"; labels by {readers} of the readers"
     return listing.attach(Files(raw), ".dicom")
 
