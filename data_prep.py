@@ -625,7 +625,8 @@ PICTURES = re.compile(r"\.(png|jpe?g|jfif|bmp|webp|tiff?|dcm|dicom)(\.gz)?$", re
 class Listing:
     """What a dataset importer hands over: every image with its labels, before one is read.
 
-    `split_table` completes the columns `patient` and `split`; `rule` says how, in words.
+    `split_table` completes the columns `patient` and `split`; `rule` says how, in words. `columns`
+    are those of labels.csv.
     """
 
     table: pd.DataFrame  # image, perhaps patient and split, a column of 0, 1 or blank a finding
@@ -636,14 +637,16 @@ class Listing:
     boxes: pd.DataFrame | None = None  # columns BOX, in source pixels
     box_side: int | None = None  # boxes are in pixels of such a square, whatever the file's size
     masks: list | None = None  # one a row: path, tuple of RLE texts, or None
-    sources: object = ()  # pairs of row and file, stream, (H, W) uint8 or draw_phantom's arguments
+    sources: object = ()  # pairs of row and file, (H, W) uint8 or draw_phantom's arguments
     size: int = 256  # S, unless another is asked for
     extra: dict = field(default_factory=dict)  # for meta.json
 
     def __post_init__(self):
         self.table, self.rule = split_table(self.table)
+        self.columns = ["image", "patient", "split", *self.findings]
         if self.masks:
             self.table["has_mask"] = [int(mask is not None) for mask in self.masks]
+            self.columns.append("has_mask")
 
     def attach(self, files, kind=""):
         """Gives every image its one file, of which `kind` is the usual ending; returns self."""
@@ -651,28 +654,25 @@ class Listing:
         for row, name in enumerate(self.table["image"]):
             found = files.find(name, kind)
             if len(found) == 1:
-                self.sources.append((row, files.take(found[0])))
+                (file,) = found
+                require(file in files.spare, f"two images of the table are one file, {file}")
+                self.sources.append((row, files.spare.pop(file)))
             elif found:
-                self.rejected.append((name, f"several files: {found}"))
-                lost.append(f"{name}, several files: {found}")
+                lost.append((name, f"several files: {found}"))
             else:
-                lost.append(name)
-        self.reject_others(files)
-        self.refuse_missing(lost)
-        return self
+                lost.append((name, "file not found"))
+        if lost and not self.allow_missing:
+            text = f"{len(lost):,} of {len(self.table):,} images have no file, first "
+            text += f"{', '.join(lost[0])}; complete --raw (archives unpacked)"
+            raise PrepError(f"{text}, or give --allow-missing")
 
-    def reject_others(self, files):
-        """Rejects the files that are neither an image, a mask nor a label file."""
+        # Every other file below the folder is named, too.
         lists = [os.path.abspath(path) for path in self.lists]
         for name, path in files.spare.items():
             if os.path.abspath(path) not in lists:
                 self.rejected.append((name, "no row in the table"))
-
-    def refuse_missing(self, names):
-        """The one line for images that have no file."""
-        if names and not self.allow_missing:
-            found = f"{len(names):,} of {len(self.table):,} images have no file, first {names[0]}"
-            raise PrepError(f"{found}; complete --raw, or give --allow-missing")
+        self.rejected += lost
+        return self
 
 
 class Files:
@@ -690,7 +690,7 @@ class Files:
                 if ending.startswith("masks/"):  # a mask is never an image
                     break
                 ending = ending.partition("/")[2]
-        self.spare = dict(self.paths)
+        self.spare = dict(self.paths)  # those that no image has taken yet
 
     def find(self, name, kind=""):
         """Names of the files that a table may mean by a name: one, if all is well.
@@ -702,11 +702,6 @@ class Files:
                 return [exact]
         found = self.by_ending.get(plain(name), [])
         return [file for file in found if file.lower().endswith(kind)] or found
-
-    def take(self, name):
-        """The path of a file that no other image has; `spare` are those without any."""
-        require(name in self.spare, f"two images of the table are one file, {name}")
-        return self.spare.pop(name)
 
 
 def list_files(folder, above=()):
@@ -1017,8 +1012,6 @@ def write_prepared(listing, out, options, size=None, workers=1):
     Raises: PrepError.
     """
     out, folder, size = Path(out), Path(f"{out}.partial"), size or listing.size
-    named = f"the table names {listing.table['image'][:1].tolist()}, a file {listing.rejected[:1]}"
-    require(listing.sources != [], f"none of {len(listing.table)} images has a file: {named}")
     listed = repr((listing.table.to_csv(), listing.masks or None)).encode()
     plan = dict(options, list=hashlib.sha256(listed).hexdigest())
     names = ["progress.jsonl", "images.npy"]
@@ -1026,21 +1019,26 @@ def write_prepared(listing, out, options, size=None, workers=1):
         names.append("masks.npy")
     folder.mkdir(parents=True, exist_ok=True)
     notes = _prepare_pictures(listing, folder, names, plan, size, workers)
-    if all("reason" in note for note in notes):  # nothing to resume from
+    good = [note for note in notes if "reason" not in note]
+    image, rejected = listing.table["image"], [*listing.rejected]
+    rejected += [(image[note["row"]], note["reason"]) for note in notes if "reason" in note]
+    if not good:  # nothing to resume from
         remove_prepared(folder)
+        named = f"the table names {image[:1].tolist()}, left out: {rejected[:1]}"
+        raise PrepError(f"none of {len(image)} images could be read: {named}")
 
-    tables = _tables(listing, notes, size)
-    labels, rejected = tables["labels.csv"], len(tables["rejected.csv"])
+    tables = _tables(listing, good, size)
+    labels = tables["labels.csv"]
+    tables["rejected.csv"] = pd.DataFrame(sorted(rejected), columns=["image", "reason"])
     for name, table in tables.items():
         table.to_csv(folder / name, index=False, lineterminator="\n")
-    shape = (len(labels), size, size)
     for name in names[1:]:
         with open(folder / name, "r+b") as f:
-            about = dict(descr="|u1", fortran_order=False, shape=shape)
+            about = dict(descr="|u1", fortran_order=False, shape=(len(labels), size, size))
             np.lib.format.write_array_header_1_0(f, about)  # HEADER bytes
     counts = {split: int((labels["split"] == split).sum()) for split in SPLITS}
     meta = dict(format=1, name=out.name, size=size, images=len(labels), findings=listing.findings)
-    meta.update(counts=counts, rejected=rejected, split_rule=listing.rule, **listing.extra)
+    meta.update(counts=counts, rejected=len(rejected), split_rule=listing.rule, **listing.extra)
     meta.update(options=options, sources={Path(p).name: file_digest(p) for p in listing.lists})
     meta["images_sha256"] = file_digest(folder / "images.npy")
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -1049,30 +1047,15 @@ def write_prepared(listing, out, options, size=None, workers=1):
         remove_prepared(out)
     os.replace(folder, out)
     (out / "progress.jsonl").unlink()
-    print(f"{out.name}: {counts}; {rejected:,} left out (rejected.csv)")
+    print(f"{out.name}: {counts}; {len(rejected):,} left out (rejected.csv)")
 
 
-def _tables(listing, notes, size):
-    """The tables of a finished run by file name."""
-    image, boxes = listing.table["image"], listing.boxes
-    missing = image.drop([note["row"] for note in notes]).tolist()
-    listing.refuse_missing(missing)
-    rejected = [*listing.rejected]
-    for note in notes:
-        if "reason" in note:
-            rejected.append((image[note["row"]], note["reason"]))
-    several = dict(rejected)
-    rejected += [(name, "file not found") for name in missing if name not in several]
-    good = [note for note in notes if "reason" not in note]
-    require(good, f"none of {len(image)} images could be read; first: {rejected[:1]}")
-
+def _tables(listing, good, size):
+    """The tables of the prepared pictures by file name; `good`: the notes on these."""
+    boxes = listing.boxes
     good = pd.DataFrame(good).join(listing.table, on="row")
     sizes = good[["image", "sha256", "height", "width"]]
-    columns = ["image", "patient", "split", *listing.findings]
-    if listing.masks:
-        columns.append("has_mask")
-    tables = {"labels.csv": good[columns], "hashes.csv": sizes}
-    tables["rejected.csv"] = pd.DataFrame(rejected, columns=["image", "reason"])
+    tables = {"labels.csv": good[listing.columns], "hashes.csv": sizes}
     if "boxes" in good:  # drawn: boxes come with the pictures
         drawn = good[["image", "boxes"]].to_numpy()
         boxes = pd.DataFrame([(name, *box) for name, found in drawn for box in found], columns=BOX)
@@ -1164,12 +1147,11 @@ def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
 
 
 def list_nih(raw=None, allow_missing=False):
-    """NIH ChestX-ray14, folders or archives, which are streamed, not unpacked.
+    """NIH ChestX-ray14, its archives unpacked.
 
     Args:
         raw: folder with either edition of `Data_Entry_2017*.csv`, `train_val_list.txt`,
-            `test_list.txt`, perhaps `BBox_List_2017.csv`, and images at any depth, of any size, or
-            archives.
+            `test_list.txt`, perhaps `BBox_List_2017.csv`, and images at any depth, of any size.
         allow_missing: list missing images instead of refusing.
     Returns: `Listing`, 14 findings ("No Finding" is the absence of all).
     Raises: PrepError on an unknown finding, an odd name or patient, or an image in both lists.
@@ -1201,28 +1183,7 @@ def list_nih(raw=None, allow_missing=False):
         names = dict(zip("Image Index,Finding Label,Bbox [x,y,w,h]".split(","), BOX, strict=True))
         listing.boxes = read_table(lists[-1], names, EDGES).replace("Infiltrate", "Infiltration")
         listing.box_side = 1024
-    files, archives = Files(raw), sorted(raw.glob("images_*.tar.gz"))
-    if not archives or any(PICTURES.search(name) for name in files.paths):
-        return listing.attach(files, ".png")
-    for path in archives:
-        files.take(path.name)
-    listing.reject_others(files)
-    listing.sources = _read_archives(archives, listing.table["image"], lost)
-    return listing
-
-
-def _read_archives(archives, names, rejected):
-    """(row, stream) of every listed PNG in the archives; other members are rejected."""
-    rows = {f"images/{name}": row for row, name in enumerate(names)}
-    for archive in archives:
-        with reading(archive), tarfile.open(archive, "r|gz") as tar:
-            for member in tar:
-                fits = member.isreg() and member.size <= MAX_BYTES
-                if fits and member.name in rows:
-                    yield rows.pop(member.name), io.BytesIO(tar.extractfile(member).read())
-                elif not member.isdir():
-                    reason = f"{archive.name}: not a file of the list, or there twice"
-                    rejected.append((member.name, reason))
+    return listing.attach(Files(raw), ".png")
 
 
 def list_chestmnist(raw=None):
@@ -1383,7 +1344,7 @@ def download(url, path, md5=None, attempts=5):
 
 
 def fetch(command, folder, size):
-    """Downloads NIH's archives and lists, or ChestMNIST at a size; what to give as --raw."""
+    """Downloads and unpacks NIH, or downloads ChestMNIST at a size; what to give as --raw."""
     if command == "chestmnist":
         file, md5 = CHESTMNIST_FILES.get(size or 64, ("", ""))
         require(file, f"--size {size}; published are {[*CHESTMNIST_FILES]}")
@@ -1391,7 +1352,9 @@ def fetch(command, folder, size):
     for file in NIH_LISTS:
         download(LISTS_URL.format(file), folder / file)
     for k, key in enumerate(NIH_ARCHIVES, 1):
-        download(NIH_URL.format(key), folder / f"images_{k:03d}.tar.gz")
+        archive = download(NIH_URL.format(key), folder / f"images_{k:03d}.tar.gz")
+        with reading(archive), tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")  # refuses what would leave the folder
     return folder
 
 
@@ -1451,7 +1414,7 @@ HELP = {
     "size": "edge S in pixels (default: 256; demo 128; chestmnist its own)",
     "workers": "processes (default: one a core, at most 8)",
     "overwrite": "start anew, replace what --out holds",
-    "raw": "folder of the raw files, or ChestMNIST's .npz; never written to",
+    "raw": "folder of the raw files, unpacked, or ChestMNIST's .npz; never written to",
     "csv": "table in --raw or elsewhere: image, [patient], [split], [mask], findings",
     "findings": "A,B: the columns of the table that are findings (default: all others)",
     "uncertain": "what the label -1 becomes (default: blank)",
