@@ -20,7 +20,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -34,7 +33,6 @@ import threading
 import unicodedata
 import urllib.request
 import warnings
-import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -45,6 +43,7 @@ import numpy as np
 import pandas as pd
 from numpy import clip, exp, maximum, sqrt
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydicom.misc import is_dicom
 from tqdm import tqdm
 
 try:
@@ -57,9 +56,8 @@ except ImportError:  # Windows: two preparations of one set are not told apart
 # ================================================================================================
 # Of one picture, and of its file; the largest chest detectors give about 20 million pixels.
 MIN_SIDE, MAX_PIXELS, MAX_BYTES = 16, 50_000_000, 256 << 20
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 ORIENTATION = 0x0112  # number of the EXIF tag
-LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 # Little endian, JPEG, JPEG lossless, JPEG-LS, JPEG 2000, RLE. Not deflated, which would be inflated
 # before the sizes inside can be checked.
 _SYNTAXES = ",.1,.4.50,.4.51,.4.57,.4.70,.4.80,.4.81,.4.90,.4.91,.5".split(",")
@@ -81,34 +79,33 @@ def one_line(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def read_xray(source):
+def read_xray(path):
     """One X-ray file as an 8-bit gray picture, turned as its EXIF tag says.
 
     8-bit values stay as they are, deeper ones are stretched from the darkest to the brightest.
     Colour becomes luminance, transparency is ignored, the padding of a DICOM becomes black.
 
-    Args: source: path of a PNG, JPEG, BMP, WEBP, TIFF or DICOM file (told by content, not by name;
-        perhaps compressed by gzip), or an open binary stream of one.
+    Args: path: of a PNG, JPEG, BMP, WEBP or DICOM file, told by content, not by name.
     Returns: (H, W) uint8.
     Raises: ValueError, with a one-line reason, if the file is missing, damaged, of another format,
         of one value everywhere, below 16 pixels a side or above 50 million. Sizes are checked
         before they are allocated.
     """
-    gray = read_gray(source)
+    gray = read_gray(path)
     require(gray.min() < gray.max(), f"all pixels have one value, {gray.max()} of 255")
     return gray
 
 
-def read_gray(source):
+def read_gray(path):
     """As `read_xray`, but the picture may have one value everywhere, as a blank mask does."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            data = _read_bytes(source)
-            if data[128:132] == b"DICM":
-                return _read_dicom(data)
-            return _read_picture(data)
+            require(os.path.getsize(path) <= MAX_BYTES, "a file above 256 MiB")
+            if is_dicom(path):
+                return _read_dicom(path)
+            return _read_picture(path)
     except UnidentifiedImageError as e:
-        raise ValueError("not a PNG, JPEG, BMP, WEBP, TIFF or DICOM file") from e
+        raise ValueError("not a PNG, JPEG, BMP, WEBP or DICOM file") from e
     except Exception as e:  # decoders raise nearly anything on a hostile file
         raise ValueError(one_line(e)) from e
 
@@ -124,36 +121,20 @@ def resize_xray(image, size):
     return np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC, reducing_gap=1.0))
 
 
-def _read_bytes(source):
-    """The content of a file or stream, unpacked if it is compressed by gzip."""
-    if isinstance(source, (str, os.PathLike)):
-        require(os.path.getsize(source) <= MAX_BYTES, "a file above 256 MiB")
-        data = Path(source).read_bytes()
-    else:
-        data = source.read()
-    if data[:2] == b"\x1f\x8b":
-        unpacker = zlib.decompressobj(31)
-        data = unpacker.decompress(data, MAX_BYTES)
-        require(unpacker.eof, "gzip data that end early, or above 256 MiB when unpacked")
-    return data
-
-
 def _check_size(rows, columns):
     """Refuses what is too small to be an X-ray or too large to be decoded safely."""
     fits = min(rows, columns) >= MIN_SIDE and rows * columns <= MAX_PIXELS
     require(fits, f"{columns} x {rows} pixels; at least 16 a side, at most 50 million")
 
 
-def _read_picture(data):
-    """Bytes in one of FORMATS -> (H, W) uint8."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+def _read_picture(path):
+    """A file in one of FORMATS -> (H, W) uint8."""
+    with Image.open(path, formats=FORMATS) as image:
         _check_size(image.height, image.width)
-        if image.format == "TIFF":  # others may lose pages, bits or their polarity
-            known = image.mode in ("1", "L") and image.n_frames == 1
-            require(known, f"a TIFF file of mode {image.mode} or of several pages; gray is read")
-        if image.format == "PNG" and image.tile[0][3] in ("RGB;16B", "RGBA;16B", "LA;16B"):
-            gray = _stretch(_deep_colour(image, data))
-        elif image.mode.startswith("I"):  # 16-bit gray
+        # Pillow would read the high bytes of these alone.
+        deep = image.format == "PNG" and image.tile[0][3] in ("RGB;16B", "RGBA;16B", "LA;16B")
+        require(not deep, "a PNG of 16 bits with colour or transparency")
+        if image.mode.startswith("I"):  # 16-bit gray
             gray = _stretch(np.asarray(image))
         else:
             gray = np.asarray(image.convert("L"))
@@ -161,19 +142,6 @@ def _read_picture(data):
         with contextlib.suppress(Exception):  # no EXIF data, or damaged ones
             shown.getexif()[ORIENTATION] = image.getexif()[ORIENTATION]
     return np.array(ImageOps.exif_transpose(shown))
-
-
-def _deep_colour(image, data):
-    """(H, W) 16-bit luminance of a colour PNG, of which Pillow gives the high bytes alone."""
-    *place, layout = image.tile[0]
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as other:
-        if layout == "LA;16B":  # the two bytes of gray, then those of alpha
-            other.tile = [(*place, "RGBA")]
-            pairs = np.asarray(other).astype(np.int32)
-            return pairs[..., 0] * 256 + pairs[..., 1]
-        other.tile = [(*place, layout[:-1] + "L")]  # as little endian, low bytes are high ones
-        colour = np.asarray(image) * np.float32(256) + np.asarray(other)
-    return np.rint(colour[..., :3] @ LUMINANCE).astype(np.int32)
 
 
 def _stretch(pixels, ds=None):
@@ -196,25 +164,18 @@ def _stretch(pixels, ds=None):
     return table[np.subtract(pixels, low, dtype=np.intp)]
 
 
-def _read_dicom(data):
-    """DICOM bytes -> (H, W) uint8: modality LUT, VOI LUT, MONOCHROME1 inverted, then 8 bits."""
+def _read_dicom(path):
+    """DICOM file -> (H, W) uint8: modality LUT, VOI LUT, MONOCHROME1 inverted, then 8 bits."""
     import gdcm
     import pydicom
 
     gdcm.Trace.WarningOff()  # its errors come back as exceptions
     gdcm.Trace.ErrorOff()
-    stream = io.BytesIO(data)
-    stream.seek(132)
-    read_dataset = pydicom.filereader.read_dataset
-    meta = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
-    syntax = meta.get("TransferSyntaxUID")
+    syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
     require(syntax in TRANSFER_SYNTAXES, f"DICOM transfer syntax {syntax} is not on the list")
-    ds = pydicom.dcmread(io.BytesIO(data))
+    ds = pydicom.dcmread(path)
     _check_pixel_data(ds, syntax)
     pixels = ds.pixel_array
-    if pixels.ndim == 3:
-        return np.array(Image.fromarray(pixels).convert("L"))
-
     first = _number(ds, "PixelPaddingValue")
     if first is None:
         return _stretch(pixels, ds)
@@ -235,16 +196,13 @@ def _check_pixel_data(ds, syntax):
 
     header, depth = (ds.Rows, ds.Columns), (ds.SamplesPerPixel, ds.BitsAllocated)
     _check_size(*header)
-    known = depth in ((1, 8), (1, 16), (3, 8)) and int(_number(ds, "NumberOfFrames", 1)) <= 1
-    require(known, f"DICOM of several frames, or of (samples, bits) = {depth}")
     gray = ds.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
-    colours = f"PhotometricInterpretation {ds.PhotometricInterpretation!r}"
-    require(gray == (depth[0] == 1), f"{colours} of {depth[0]} samples")
-    size, stream = math.prod(header + depth) // 8, ds.PixelData
-    if not ds["PixelData"].is_undefined_length:  # not compressed
-        require(len(stream) >= size, f"{len(stream)} bytes of pixels, the header says {size}")
+    known = gray and depth in ((1, 8), (1, 16)) and int(_number(ds, "NumberOfFrames", 1)) <= 1
+    require(known, f"DICOM of colour, of several frames, or of (samples, bits) = {depth}")
+    if not ds["PixelData"].is_undefined_length:  # not compressed: pydicom compares the sizes
         return
-    stream, coded = next(generate_frames(stream, number_of_frames=1)), header
+    size, coded = math.prod(header + depth) // 8, header
+    stream = next(generate_frames(ds.PixelData, number_of_frames=1))
     # RLE carries no size of its own: what it can unpack to is bounded by its length.
     if not syntax.endswith("2.5"):
         coded = _coded_size(stream)
@@ -278,11 +236,9 @@ def _display(levels, ds):
     """Stored values -> values to be shown: modality LUT or slope, then VOI LUT or window."""
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
-    if ds.get("ModalityLUTSequence"):
-        values = apply_modality_lut(levels, ds)
-    else:
-        slope, intercept = _number(ds, "RescaleSlope", 1), _number(ds, "RescaleIntercept", 0)
-        values = levels * slope + intercept
+    ds.RescaleSlope = _number(ds, "RescaleSlope", 1)
+    ds.RescaleIntercept = _number(ds, "RescaleIntercept", 0)
+    values = apply_modality_lut(levels, ds)
     if ds.get("VOILUTSequence"):
         return apply_voi(np.rint(values).astype(np.int64), ds)
     if _number(ds, "WindowCenter") is None or _number(ds, "WindowWidth") is None:
@@ -618,7 +574,7 @@ CARVED = {"val": 0.1, "train": 0.9}
 EDGES = ["x", "y", "width", "height"]
 BOX = ["image", "finding", *EDGES]  # x, y is the upper left corner
 # Endings that a table may leave out.
-PICTURES = re.compile(r"\.(png|jpe?g|jfif|bmp|webp|tiff?|dcm|dicom)(\.gz)?$", re.IGNORECASE)
+PICTURES = re.compile(r"\.(png|jpe?g|jfif|bmp|webp|dcm|dicom)$", re.IGNORECASE)
 
 
 @dataclass
