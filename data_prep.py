@@ -886,12 +886,12 @@ def _start_worker():
 
 @contextlib.contextmanager
 def _worker_pool(workers):
-    """Processes that import this module alone, started anew on every system."""
+    """The `map` of processes that import this module alone, started anew on every system."""
     # A new process imports the main module of the old one, which may be mlvicx.py with torch.
     main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
     try:
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
-            yield pool
+            yield functools.partial(pool.map, chunksize=CHUNK)
     finally:
         sys.modules["__main__"] = main
 
@@ -901,8 +901,7 @@ def _in_batches(tasks, size, workers):
     running, run = [], map  # one worker is this process
     with contextlib.ExitStack() as stack:
         if workers > 1:
-            pool = stack.enter_context(_worker_pool(workers))
-            run = functools.partial(pool.map, chunksize=CHUNK)
+            run = stack.enter_context(_worker_pool(workers))
         for batch in iter(lambda: list(itertools.islice(tasks, BATCH)), []):
             finished, running = running, run(prepare_picture, batch, itertools.repeat(size))
             yield list(finished)
@@ -937,9 +936,8 @@ def _prepare_pictures(listing, folder, names, plan, size, workers):
             raise PrepError(f"{folder} is being written by another process; wait for it") from None
         notes = _resume(journal, arrays, plan, size)
         done = {note["row"] for note in notes}
-        masks = dict(enumerate(listing.masks or ()))
-        todo = (pair for pair in listing.sources if pair[0] not in done)
-        tasks = ((row, source, masks.get(row)) for row, source in todo)
+        masks = listing.masks or [None] * total
+        tasks = ((row, source, masks[row]) for row, source in listing.sources if row not in done)
         bar = stack.enter_context(tqdm(total=total, initial=len(notes), disable=None))
         batches = contextlib.closing(_in_batches(tasks, size, workers))
         for batch in stack.enter_context(batches):
@@ -953,8 +951,7 @@ def _prepare_pictures(listing, folder, names, plan, size, workers):
             journal.flush()
             bar.update(len(batch))
             if bar.disable and len(notes) % 1000 < len(batch):
-                name = str(folder).removesuffix(".partial")
-                print(f"{name}: {len(notes):,} of {total:,}", flush=True)
+                print(f"{folder}: {len(notes):,} of {total:,}", flush=True)
     return notes
 
 
@@ -1052,16 +1049,15 @@ Pulmonary fibrosis""".replace("\n", "").split(",")
 
 def list_demo(site="a", count=4000, seed=0):
     """Phantoms drawn by code, with masks and boxes; they are drawn when they are prepared."""
-    sources, rows = [dict(seed=seed, index=k, site=site) for k in range(count)], []
-    for k, source in enumerate(sources):
-        patient, _, severity, _ = phantom_case(**source)
-        row = phantom_findings(severity)
-        row.update(image=f"phantom-{site}-{k:05d}", patient=patient)
-        rows.append(row)
+    rows, sources = [], []
+    for index in range(count):
+        patient, _, severity, _ = phantom_case(seed, index, site)
+        name = f"phantom-{site}-{index:05d}"
+        rows.append(dict(phantom_findings(severity), image=name, patient=patient))
+        sources.append((index, dict(seed=seed, index=index, site=site)))
     extra = {"groups": {"coarse": PHANTOM_COARSE, "fine": PHANTOM_FINE}}
     findings, masks = [*PHANTOM_FINDINGS, "No Finding"], ["drawn" for _ in rows]
-    table = pd.DataFrame(rows)
-    return Listing(table, findings, masks=masks, sources=enumerate(sources), extra=extra)
+    return Listing(pd.DataFrame(rows), findings, masks=masks, sources=sources, extra=extra)
 
 
 def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
@@ -1086,7 +1082,7 @@ def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
         path = lists[0].with_name("boxes.csv")
         if path.is_file():
             lists.append(path)
-            boxes = read_table(path, dict(zip(BOX, BOX, strict=True)), EDGES)
+            boxes = read_table(path, BOX, EDGES)
             known = boxes["image"].isin(table["image"]) & boxes[EDGES].notna().all(axis=1)
             require(known.all(), f"{path}: a box without numbers, or of an image not in the table")
     masks = []
@@ -1260,12 +1256,12 @@ CHESTMNIST_FILES = {
 }
 
 
-def download(url, path, md5=None, attempts=5):
+def download(url, path, md5=None):
     """Fetches a file; a broken transfer is resumed, a whole file is not fetched again.
 
     Args:
         url, path: from and to; `<path>.part` holds what has come so far.
-        md5: hex digest to check beside the size that the server states; attempts: connections.
+        md5: hex digest to check beside the size that the server states.
     Returns: path.
     Raises: PrepError.
     """
@@ -1274,7 +1270,7 @@ def download(url, path, md5=None, attempts=5):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
-    for _ in range(attempts):
+    for _ in range(5):
         # From one byte back: a server refuses to send nothing after a whole file.
         have = max(part.stat().st_size - 1, 0)
         try:
@@ -1366,7 +1362,7 @@ COMMANDS = dict(
     vinbig=list_vinbig,
 )
 HELP = {
-    "out": "folder to make (default: data/NAME)",
+    "out": "folder to make (default: data/COMMAND)",
     "size": "edge S in pixels (default: 256; demo 128; chestmnist its own)",
     "workers": "processes (default: one a core, at most 8)",
     "overwrite": "start anew, replace what --out holds",
@@ -1421,14 +1417,7 @@ def parse(argv):
 
 def prepare(command, out, size, workers, overwrite, download=False, **given):
     """Runs one preparing command; `given`: the arguments of its importer."""
-    if out is None:
-        name = command
-        if command == "folder" and given["raw"]:
-            name = Path(given["raw"]).name
-        if given.get("site") == "b":
-            name += "-b"
-        out = f"data/{name}"
-    out = Path(out)
+    out = Path(out or f"data/{command}")
     sound = MIN_SIDE <= (size or 256) <= 4096 and min(workers, given.get("count", 1)) >= 1
     require(sound, "expected --size from 16 to 4096, --workers and --count from 1")
     options = dict(given, command=command, size=size)

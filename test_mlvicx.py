@@ -2949,7 +2949,7 @@ def test_folder_reads_every_format_and_column():
         "images/f.dicom,5,test,gone.png,1,1,x,",
         "../table.csv,6,test,,1,1,x,",
     )
-    args = "folder --raw mine --csv table.csv --size 64"
+    args = "folder --raw mine --csv table.csv --size 64 --out data/mine"
     assert "column 'note' holds ['hello']" in prep_refused(args)
     prep(args, "--findings Mass,Edema")
     images, _, rejected, meta = prepared("data/mine")
@@ -4250,7 +4250,7 @@ def test_the_bench_measures_whole_steps_and_pretrain(monkeypatch):
     assert all(min(row.values()) > 0 for row in found.values())
 
 
-@pytest.mark.parametrize("name, most", [("mlvicx", 17300), ("data_prep", 13100)])
+@pytest.mark.parametrize("name, most", [("mlvicx", 17300), ("data_prep", 12000)])
 def test_the_code_stays_small(name, most):
     """Python's own tokens, without comments and docstrings."""
     source = io.StringIO((HERE / f"{name}.py").read_text()).readline
