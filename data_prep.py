@@ -20,7 +20,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -34,7 +33,6 @@ import threading
 import unicodedata
 import urllib.request
 import warnings
-import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -45,6 +43,7 @@ import numpy as np
 import pandas as pd
 from numpy import clip, exp, maximum, sqrt
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydicom.misc import is_dicom
 from tqdm import tqdm
 
 try:
@@ -57,9 +56,8 @@ except ImportError:  # Windows: two preparations of one set are not told apart
 # ================================================================================================
 # Of one picture, and of its file; the largest chest detectors give about 20 million pixels.
 MIN_SIDE, MAX_PIXELS, MAX_BYTES = 16, 50_000_000, 256 << 20
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 ORIENTATION = 0x0112  # number of the EXIF tag
-LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 # Little endian, JPEG, JPEG lossless, JPEG-LS, JPEG 2000, RLE. Not deflated, which would be inflated
 # before the sizes inside can be checked.
 _SYNTAXES = ",.1,.4.50,.4.51,.4.57,.4.70,.4.80,.4.81,.4.90,.4.91,.5".split(",")
@@ -81,34 +79,33 @@ def one_line(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def read_xray(source):
+def read_xray(path):
     """One X-ray file as an 8-bit gray picture, turned as its EXIF tag says.
 
     8-bit values stay as they are, deeper ones are stretched from the darkest to the brightest.
     Colour becomes luminance, transparency is ignored, the padding of a DICOM becomes black.
 
-    Args: source: path of a PNG, JPEG, BMP, WEBP, TIFF or DICOM file (told by content, not by name;
-        perhaps compressed by gzip), or an open binary stream of one.
+    Args: path: of a PNG, JPEG, BMP, WEBP or DICOM file, told by content, not by name.
     Returns: (H, W) uint8.
     Raises: ValueError, with a one-line reason, if the file is missing, damaged, of another format,
         of one value everywhere, below 16 pixels a side or above 50 million. Sizes are checked
         before they are allocated.
     """
-    gray = read_gray(source)
+    gray = read_gray(path)
     require(gray.min() < gray.max(), f"all pixels have one value, {gray.max()} of 255")
     return gray
 
 
-def read_gray(source):
+def read_gray(path):
     """As `read_xray`, but the picture may have one value everywhere, as a blank mask does."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            data = _read_bytes(source)
-            if data[128:132] == b"DICM":
-                return _read_dicom(data)
-            return _read_picture(data)
+            require(os.path.getsize(path) <= MAX_BYTES, "a file above 256 MiB")
+            if is_dicom(path):
+                return _read_dicom(path)
+            return _read_picture(path)
     except UnidentifiedImageError as e:
-        raise ValueError("not a PNG, JPEG, BMP, WEBP, TIFF or DICOM file") from e
+        raise ValueError("not a PNG, JPEG, BMP, WEBP or DICOM file") from e
     except Exception as e:  # decoders raise nearly anything on a hostile file
         raise ValueError(one_line(e)) from e
 
@@ -124,36 +121,20 @@ def resize_xray(image, size):
     return np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC, reducing_gap=1.0))
 
 
-def _read_bytes(source):
-    """The content of a file or stream, unpacked if it is compressed by gzip."""
-    if isinstance(source, (str, os.PathLike)):
-        require(os.path.getsize(source) <= MAX_BYTES, "a file above 256 MiB")
-        data = Path(source).read_bytes()
-    else:
-        data = source.read()
-    if data[:2] == b"\x1f\x8b":
-        unpacker = zlib.decompressobj(31)
-        data = unpacker.decompress(data, MAX_BYTES)
-        require(unpacker.eof, "gzip data that end early, or above 256 MiB when unpacked")
-    return data
-
-
 def _check_size(rows, columns):
     """Refuses what is too small to be an X-ray or too large to be decoded safely."""
     fits = min(rows, columns) >= MIN_SIDE and rows * columns <= MAX_PIXELS
     require(fits, f"{columns} x {rows} pixels; at least 16 a side, at most 50 million")
 
 
-def _read_picture(data):
-    """Bytes in one of FORMATS -> (H, W) uint8."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+def _read_picture(path):
+    """A file in one of FORMATS -> (H, W) uint8."""
+    with Image.open(path, formats=FORMATS) as image:
         _check_size(image.height, image.width)
-        if image.format == "TIFF":  # others may lose pages, bits or their polarity
-            known = image.mode in ("1", "L") and image.n_frames == 1
-            require(known, f"a TIFF file of mode {image.mode} or of several pages; gray is read")
-        if image.format == "PNG" and image.tile[0][3] in ("RGB;16B", "RGBA;16B", "LA;16B"):
-            gray = _stretch(_deep_colour(image, data))
-        elif image.mode.startswith("I"):  # 16-bit gray
+        # Pillow would read the high bytes of these alone.
+        deep = image.format == "PNG" and image.tile[0][3] in ("RGB;16B", "RGBA;16B", "LA;16B")
+        require(not deep, "a PNG of 16 bits with colour or transparency")
+        if image.mode.startswith("I"):  # 16-bit gray
             gray = _stretch(np.asarray(image))
         else:
             gray = np.asarray(image.convert("L"))
@@ -161,19 +142,6 @@ def _read_picture(data):
         with contextlib.suppress(Exception):  # no EXIF data, or damaged ones
             shown.getexif()[ORIENTATION] = image.getexif()[ORIENTATION]
     return np.array(ImageOps.exif_transpose(shown))
-
-
-def _deep_colour(image, data):
-    """(H, W) 16-bit luminance of a colour PNG, of which Pillow gives the high bytes alone."""
-    *place, layout = image.tile[0]
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as other:
-        if layout == "LA;16B":  # the two bytes of gray, then those of alpha
-            other.tile = [(*place, "RGBA")]
-            pairs = np.asarray(other).astype(np.int32)
-            return pairs[..., 0] * 256 + pairs[..., 1]
-        other.tile = [(*place, layout[:-1] + "L")]  # as little endian, low bytes are high ones
-        colour = np.asarray(image) * np.float32(256) + np.asarray(other)
-    return np.rint(colour[..., :3] @ LUMINANCE).astype(np.int32)
 
 
 def _stretch(pixels, ds=None):
@@ -196,25 +164,18 @@ def _stretch(pixels, ds=None):
     return table[np.subtract(pixels, low, dtype=np.intp)]
 
 
-def _read_dicom(data):
-    """DICOM bytes -> (H, W) uint8: modality LUT, VOI LUT, MONOCHROME1 inverted, then 8 bits."""
+def _read_dicom(path):
+    """DICOM file -> (H, W) uint8: modality LUT, VOI LUT, MONOCHROME1 inverted, then 8 bits."""
     import gdcm
     import pydicom
 
     gdcm.Trace.WarningOff()  # its errors come back as exceptions
     gdcm.Trace.ErrorOff()
-    stream = io.BytesIO(data)
-    stream.seek(132)
-    read_dataset = pydicom.filereader.read_dataset
-    meta = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
-    syntax = meta.get("TransferSyntaxUID")
+    syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
     require(syntax in TRANSFER_SYNTAXES, f"DICOM transfer syntax {syntax} is not on the list")
-    ds = pydicom.dcmread(io.BytesIO(data))
+    ds = pydicom.dcmread(path)
     _check_pixel_data(ds, syntax)
     pixels = ds.pixel_array
-    if pixels.ndim == 3:
-        return np.array(Image.fromarray(pixels).convert("L"))
-
     first = _number(ds, "PixelPaddingValue")
     if first is None:
         return _stretch(pixels, ds)
@@ -235,16 +196,13 @@ def _check_pixel_data(ds, syntax):
 
     header, depth = (ds.Rows, ds.Columns), (ds.SamplesPerPixel, ds.BitsAllocated)
     _check_size(*header)
-    known = depth in ((1, 8), (1, 16), (3, 8)) and int(_number(ds, "NumberOfFrames", 1)) <= 1
-    require(known, f"DICOM of several frames, or of (samples, bits) = {depth}")
     gray = ds.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
-    colours = f"PhotometricInterpretation {ds.PhotometricInterpretation!r}"
-    require(gray == (depth[0] == 1), f"{colours} of {depth[0]} samples")
-    size, stream = math.prod(header + depth) // 8, ds.PixelData
-    if not ds["PixelData"].is_undefined_length:  # not compressed
-        require(len(stream) >= size, f"{len(stream)} bytes of pixels, the header says {size}")
+    known = gray and depth in ((1, 8), (1, 16)) and int(_number(ds, "NumberOfFrames", 1)) <= 1
+    require(known, f"DICOM of colour, of several frames, or of (samples, bits) = {depth}")
+    if not ds["PixelData"].is_undefined_length:  # not compressed: pydicom compares the sizes
         return
-    stream, coded = next(generate_frames(stream, number_of_frames=1)), header
+    size, coded = math.prod(header + depth) // 8, header
+    stream = next(generate_frames(ds.PixelData, number_of_frames=1))
     # RLE carries no size of its own: what it can unpack to is bounded by its length.
     if not syntax.endswith("2.5"):
         coded = _coded_size(stream)
@@ -278,11 +236,9 @@ def _display(levels, ds):
     """Stored values -> values to be shown: modality LUT or slope, then VOI LUT or window."""
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
-    if ds.get("ModalityLUTSequence"):
-        values = apply_modality_lut(levels, ds)
-    else:
-        slope, intercept = _number(ds, "RescaleSlope", 1), _number(ds, "RescaleIntercept", 0)
-        values = levels * slope + intercept
+    ds.RescaleSlope = _number(ds, "RescaleSlope", 1)
+    ds.RescaleIntercept = _number(ds, "RescaleIntercept", 0)
+    values = apply_modality_lut(levels, ds)
     if ds.get("VOILUTSequence"):
         return apply_voi(np.rint(values).astype(np.int64), ds)
     if _number(ds, "WindowCenter") is None or _number(ds, "WindowWidth") is None:
@@ -618,14 +574,15 @@ CARVED = {"val": 0.1, "train": 0.9}
 EDGES = ["x", "y", "width", "height"]
 BOX = ["image", "finding", *EDGES]  # x, y is the upper left corner
 # Endings that a table may leave out.
-PICTURES = re.compile(r"\.(png|jpe?g|jfif|bmp|webp|tiff?|dcm|dicom)(\.gz)?$", re.IGNORECASE)
+PICTURES = re.compile(r"\.(png|jpe?g|jfif|bmp|webp|dcm|dicom)$", re.IGNORECASE)
 
 
 @dataclass
 class Listing:
     """What a dataset importer hands over: every image with its labels, before one is read.
 
-    `split_table` completes the columns `patient` and `split`; `rule` says how, in words.
+    `split_table` completes the columns `patient` and `split`; `rule` says how, in words. `columns`
+    are those of labels.csv.
     """
 
     table: pd.DataFrame  # image, perhaps patient and split, a column of 0, 1 or blank a finding
@@ -636,14 +593,16 @@ class Listing:
     boxes: pd.DataFrame | None = None  # columns BOX, in source pixels
     box_side: int | None = None  # boxes are in pixels of such a square, whatever the file's size
     masks: list | None = None  # one a row: path, tuple of RLE texts, or None
-    sources: object = ()  # pairs of row and file, stream, (H, W) uint8 or draw_phantom's arguments
+    sources: object = ()  # pairs of row and file, (H, W) uint8 or draw_phantom's arguments
     size: int = 256  # S, unless another is asked for
     extra: dict = field(default_factory=dict)  # for meta.json
 
     def __post_init__(self):
         self.table, self.rule = split_table(self.table)
+        self.columns = ["image", "patient", "split", *self.findings]
         if self.masks:
             self.table["has_mask"] = [int(mask is not None) for mask in self.masks]
+            self.columns.append("has_mask")
 
     def attach(self, files, kind=""):
         """Gives every image its one file, of which `kind` is the usual ending; returns self."""
@@ -651,28 +610,25 @@ class Listing:
         for row, name in enumerate(self.table["image"]):
             found = files.find(name, kind)
             if len(found) == 1:
-                self.sources.append((row, files.take(found[0])))
+                (file,) = found
+                require(file in files.spare, f"two images of the table are one file, {file}")
+                self.sources.append((row, files.spare.pop(file)))
             elif found:
-                self.rejected.append((name, f"several files: {found}"))
-                lost.append(f"{name}, several files: {found}")
+                lost.append((name, f"several files: {found}"))
             else:
-                lost.append(name)
-        self.reject_others(files)
-        self.refuse_missing(lost)
-        return self
+                lost.append((name, "file not found"))
+        if lost and not self.allow_missing:
+            text = f"{len(lost):,} of {len(self.table):,} images have no file, first "
+            text += f"{', '.join(lost[0])}; complete --raw (archives unpacked)"
+            raise PrepError(f"{text}, or give --allow-missing")
 
-    def reject_others(self, files):
-        """Rejects the files that are neither an image, a mask nor a label file."""
+        # Every other file below the folder is named, too.
         lists = [os.path.abspath(path) for path in self.lists]
         for name, path in files.spare.items():
             if os.path.abspath(path) not in lists:
                 self.rejected.append((name, "no row in the table"))
-
-    def refuse_missing(self, names):
-        """The one line for images that have no file."""
-        if names and not self.allow_missing:
-            found = f"{len(names):,} of {len(self.table):,} images have no file, first {names[0]}"
-            raise PrepError(f"{found}; complete --raw, or give --allow-missing")
+        self.rejected += lost
+        return self
 
 
 class Files:
@@ -690,7 +646,7 @@ class Files:
                 if ending.startswith("masks/"):  # a mask is never an image
                     break
                 ending = ending.partition("/")[2]
-        self.spare = dict(self.paths)
+        self.spare = dict(self.paths)  # those that no image has taken yet
 
     def find(self, name, kind=""):
         """Names of the files that a table may mean by a name: one, if all is well.
@@ -702,11 +658,6 @@ class Files:
                 return [exact]
         found = self.by_ending.get(plain(name), [])
         return [file for file in found if file.lower().endswith(kind)] or found
-
-    def take(self, name):
-        """The path of a file that no other image has; `spare` are those without any."""
-        require(name in self.spare, f"two images of the table are one file, {name}")
-        return self.spare.pop(name)
 
 
 def list_files(folder, above=()):
@@ -935,12 +886,12 @@ def _start_worker():
 
 @contextlib.contextmanager
 def _worker_pool(workers):
-    """Processes that import this module alone, started anew on every system."""
+    """The `map` of processes that import this module alone, started anew on every system."""
     # A new process imports the main module of the old one, which may be mlvicx.py with torch.
     main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
     try:
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
-            yield pool
+            yield functools.partial(pool.map, chunksize=CHUNK)
     finally:
         sys.modules["__main__"] = main
 
@@ -950,8 +901,7 @@ def _in_batches(tasks, size, workers):
     running, run = [], map  # one worker is this process
     with contextlib.ExitStack() as stack:
         if workers > 1:
-            pool = stack.enter_context(_worker_pool(workers))
-            run = functools.partial(pool.map, chunksize=CHUNK)
+            run = stack.enter_context(_worker_pool(workers))
         for batch in iter(lambda: list(itertools.islice(tasks, BATCH)), []):
             finished, running = running, run(prepare_picture, batch, itertools.repeat(size))
             yield list(finished)
@@ -986,9 +936,8 @@ def _prepare_pictures(listing, folder, names, plan, size, workers):
             raise PrepError(f"{folder} is being written by another process; wait for it") from None
         notes = _resume(journal, arrays, plan, size)
         done = {note["row"] for note in notes}
-        masks = dict(enumerate(listing.masks or ()))
-        todo = (pair for pair in listing.sources if pair[0] not in done)
-        tasks = ((row, source, masks.get(row)) for row, source in todo)
+        masks = listing.masks or [None] * total
+        tasks = ((row, source, masks[row]) for row, source in listing.sources if row not in done)
         bar = stack.enter_context(tqdm(total=total, initial=len(notes), disable=None))
         batches = contextlib.closing(_in_batches(tasks, size, workers))
         for batch in stack.enter_context(batches):
@@ -1002,8 +951,7 @@ def _prepare_pictures(listing, folder, names, plan, size, workers):
             journal.flush()
             bar.update(len(batch))
             if bar.disable and len(notes) % 1000 < len(batch):
-                name = str(folder).removesuffix(".partial")
-                print(f"{name}: {len(notes):,} of {total:,}", flush=True)
+                print(f"{folder}: {len(notes):,} of {total:,}", flush=True)
     return notes
 
 
@@ -1017,8 +965,6 @@ def write_prepared(listing, out, options, size=None, workers=1):
     Raises: PrepError.
     """
     out, folder, size = Path(out), Path(f"{out}.partial"), size or listing.size
-    named = f"the table names {listing.table['image'][:1].tolist()}, a file {listing.rejected[:1]}"
-    require(listing.sources != [], f"none of {len(listing.table)} images has a file: {named}")
     listed = repr((listing.table.to_csv(), listing.masks or None)).encode()
     plan = dict(options, list=hashlib.sha256(listed).hexdigest())
     names = ["progress.jsonl", "images.npy"]
@@ -1026,21 +972,26 @@ def write_prepared(listing, out, options, size=None, workers=1):
         names.append("masks.npy")
     folder.mkdir(parents=True, exist_ok=True)
     notes = _prepare_pictures(listing, folder, names, plan, size, workers)
-    if all("reason" in note for note in notes):  # nothing to resume from
+    good = [note for note in notes if "reason" not in note]
+    image, rejected = listing.table["image"], [*listing.rejected]
+    rejected += [(image[note["row"]], note["reason"]) for note in notes if "reason" in note]
+    if not good:  # nothing to resume from
         remove_prepared(folder)
+        named = f"the table names {image[:1].tolist()}, left out: {rejected[:1]}"
+        raise PrepError(f"none of {len(image)} images could be read: {named}")
 
-    tables = _tables(listing, notes, size)
-    labels, rejected = tables["labels.csv"], len(tables["rejected.csv"])
+    tables = _tables(listing, good, size)
+    labels = tables["labels.csv"]
+    tables["rejected.csv"] = pd.DataFrame(sorted(rejected), columns=["image", "reason"])
     for name, table in tables.items():
         table.to_csv(folder / name, index=False, lineterminator="\n")
-    shape = (len(labels), size, size)
     for name in names[1:]:
         with open(folder / name, "r+b") as f:
-            about = dict(descr="|u1", fortran_order=False, shape=shape)
+            about = dict(descr="|u1", fortran_order=False, shape=(len(labels), size, size))
             np.lib.format.write_array_header_1_0(f, about)  # HEADER bytes
     counts = {split: int((labels["split"] == split).sum()) for split in SPLITS}
     meta = dict(format=1, name=out.name, size=size, images=len(labels), findings=listing.findings)
-    meta.update(counts=counts, rejected=rejected, split_rule=listing.rule, **listing.extra)
+    meta.update(counts=counts, rejected=len(rejected), split_rule=listing.rule, **listing.extra)
     meta.update(options=options, sources={Path(p).name: file_digest(p) for p in listing.lists})
     meta["images_sha256"] = file_digest(folder / "images.npy")
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -1049,30 +1000,15 @@ def write_prepared(listing, out, options, size=None, workers=1):
         remove_prepared(out)
     os.replace(folder, out)
     (out / "progress.jsonl").unlink()
-    print(f"{out.name}: {counts}; {rejected:,} left out (rejected.csv)")
+    print(f"{out.name}: {counts}; {len(rejected):,} left out (rejected.csv)")
 
 
-def _tables(listing, notes, size):
-    """The tables of a finished run by file name."""
-    image, boxes = listing.table["image"], listing.boxes
-    missing = image.drop([note["row"] for note in notes]).tolist()
-    listing.refuse_missing(missing)
-    rejected = [*listing.rejected]
-    for note in notes:
-        if "reason" in note:
-            rejected.append((image[note["row"]], note["reason"]))
-    several = dict(rejected)
-    rejected += [(name, "file not found") for name in missing if name not in several]
-    good = [note for note in notes if "reason" not in note]
-    require(good, f"none of {len(image)} images could be read; first: {rejected[:1]}")
-
+def _tables(listing, good, size):
+    """The tables of the prepared pictures by file name; `good`: the notes on these."""
+    boxes = listing.boxes
     good = pd.DataFrame(good).join(listing.table, on="row")
     sizes = good[["image", "sha256", "height", "width"]]
-    columns = ["image", "patient", "split", *listing.findings]
-    if listing.masks:
-        columns.append("has_mask")
-    tables = {"labels.csv": good[columns], "hashes.csv": sizes}
-    tables["rejected.csv"] = pd.DataFrame(rejected, columns=["image", "reason"])
+    tables = {"labels.csv": good[listing.columns], "hashes.csv": sizes}
     if "boxes" in good:  # drawn: boxes come with the pictures
         drawn = good[["image", "boxes"]].to_numpy()
         boxes = pd.DataFrame([(name, *box) for name, found in drawn for box in found], columns=BOX)
@@ -1113,16 +1049,15 @@ Pulmonary fibrosis""".replace("\n", "").split(",")
 
 def list_demo(site="a", count=4000, seed=0):
     """Phantoms drawn by code, with masks and boxes; they are drawn when they are prepared."""
-    sources, rows = [dict(seed=seed, index=k, site=site) for k in range(count)], []
-    for k, source in enumerate(sources):
-        patient, _, severity, _ = phantom_case(**source)
-        row = phantom_findings(severity)
-        row.update(image=f"phantom-{site}-{k:05d}", patient=patient)
-        rows.append(row)
+    rows, sources = [], []
+    for index in range(count):
+        patient, _, severity, _ = phantom_case(seed, index, site)
+        name = f"phantom-{site}-{index:05d}"
+        rows.append(dict(phantom_findings(severity), image=name, patient=patient))
+        sources.append((index, dict(seed=seed, index=index, site=site)))
     extra = {"groups": {"coarse": PHANTOM_COARSE, "fine": PHANTOM_FINE}}
     findings, masks = [*PHANTOM_FINDINGS, "No Finding"], ["drawn" for _ in rows]
-    table = pd.DataFrame(rows)
-    return Listing(table, findings, masks=masks, sources=enumerate(sources), extra=extra)
+    return Listing(pd.DataFrame(rows), findings, masks=masks, sources=sources, extra=extra)
 
 
 def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
@@ -1147,7 +1082,7 @@ def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
         path = lists[0].with_name("boxes.csv")
         if path.is_file():
             lists.append(path)
-            boxes = read_table(path, dict(zip(BOX, BOX, strict=True)), EDGES)
+            boxes = read_table(path, BOX, EDGES)
             known = boxes["image"].isin(table["image"]) & boxes[EDGES].notna().all(axis=1)
             require(known.all(), f"{path}: a box without numbers, or of an image not in the table")
     masks = []
@@ -1164,12 +1099,11 @@ def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
 
 
 def list_nih(raw=None, allow_missing=False):
-    """NIH ChestX-ray14, folders or archives, which are streamed, not unpacked.
+    """NIH ChestX-ray14, its archives unpacked.
 
     Args:
         raw: folder with either edition of `Data_Entry_2017*.csv`, `train_val_list.txt`,
-            `test_list.txt`, perhaps `BBox_List_2017.csv`, and images at any depth, of any size, or
-            archives.
+            `test_list.txt`, perhaps `BBox_List_2017.csv`, and images at any depth, of any size.
         allow_missing: list missing images instead of refusing.
     Returns: `Listing`, 14 findings ("No Finding" is the absence of all).
     Raises: PrepError on an unknown finding, an odd name or patient, or an image in both lists.
@@ -1201,28 +1135,7 @@ def list_nih(raw=None, allow_missing=False):
         names = dict(zip("Image Index,Finding Label,Bbox [x,y,w,h]".split(","), BOX, strict=True))
         listing.boxes = read_table(lists[-1], names, EDGES).replace("Infiltrate", "Infiltration")
         listing.box_side = 1024
-    files, archives = Files(raw), sorted(raw.glob("images_*.tar.gz"))
-    if not archives or any(PICTURES.search(name) for name in files.paths):
-        return listing.attach(files, ".png")
-    for path in archives:
-        files.take(path.name)
-    listing.reject_others(files)
-    listing.sources = _read_archives(archives, listing.table["image"], lost)
-    return listing
-
-
-def _read_archives(archives, names, rejected):
-    """(row, stream) of every listed PNG in the archives; other members are rejected."""
-    rows = {f"images/{name}": row for row, name in enumerate(names)}
-    for archive in archives:
-        with reading(archive), tarfile.open(archive, "r|gz") as tar:
-            for member in tar:
-                fits = member.isreg() and member.size <= MAX_BYTES
-                if fits and member.name in rows:
-                    yield rows.pop(member.name), io.BytesIO(tar.extractfile(member).read())
-                elif not member.isdir():
-                    reason = f"{archive.name}: not a file of the list, or there twice"
-                    rejected.append((member.name, reason))
+    return listing.attach(Files(raw), ".png")
 
 
 def list_chestmnist(raw=None):
@@ -1293,61 +1206,31 @@ def list_siim(raw=None, patients=None, allow_missing=False):
     return listing.attach(Files(raw), ".dcm")
 
 
-def vinbig_labels(csv, boxes_csv=None, readers="majority"):
-    """Labels and boxes of VinDr-CXR, several readers an image.
+def list_vinbig(raw=None, readers="majority", allow_missing=False):
+    """VinBigData: `train.csv`, several readers an image, and `train/*.dicom`.
 
     Args:
-        csv: Kaggle's `train.csv`, a row a reader and box; or PhysioNet's `image_labels_*.csv`, a
-            row a reader, a column a finding, with its `annotations_*.csv` as `boxes_csv`.
         readers: a finding is present if `any` reader, or the `majority` of them, saw it.
-    Returns: (table, boxes): `image` and the findings; all boxes of the findings that are present.
+        raw, allow_missing: as for `list_nih`.
+    Returns: `Listing`, with all boxes of the findings that are present; split by image.
     """
-    other = {"Other disease": "Other diseases"}
+    csv = Path(raw, "train.csv")
     names = dict(zip("image_id class_name x_min y_min x_max y_max".split(), BOX, strict=True))
-    boxes = read_table(boxes_csv or csv, names, EDGES).replace({"finding": other})
-    boxes[["width", "height"]] -= boxes[["x", "y"]].to_numpy()
-    if boxes_csv:
-        rows = read_table(csv, ["image_id"]).rename(columns=other)
-        findings = [c for c in rows if c.lower() not in ("image_id", "rad_id", "no finding")]
-    else:
-        rows, findings = read_table(csv, ["rad_id"]), VINBIG_FINDINGS
-        odd = {*rows["class_name"]} - {*findings, "No finding"}
-        require(not odd, f"{csv}: unknown classes {odd}")
-        seen = pd.get_dummies(rows.set_index(["image_id", "rad_id"])["class_name"], dtype=int)
-        rows = seen.groupby(level=[0, 1], sort=False).max().reset_index()
-        rows = rows.reindex(columns=["image_id", *findings], fill_value=0)
-    valid = rows[findings].astype(str).isin(["0", "1"]).all(axis=None)
-    require(valid, f"{csv}: expected 0 or 1 in every finding")
+    rows = read_table(csv, {**names, "rad_id": "reader"}, EDGES)  # a row a reader and box
+    rows[["width", "height"]] -= rows[["x", "y"]].to_numpy()
+    odd = {*rows["finding"]} - {*VINBIG_FINDINGS, "No finding"}
+    require(not odd, f"{csv}: unknown classes {odd}")
 
-    share = rows[findings].astype(float).groupby(rows["image_id"], sort=False).mean()
-    present = share > 0
-    if readers == "majority":
-        present = share > 0.5
-    seen = present.stack()
-    seen = set(seen.index[seen])
-    kept = [pair in seen for pair in zip(boxes["image"], boxes["finding"], strict=True)]
-    table = present.astype(int).rename_axis(index="image", columns=None).reset_index()
-    return table, boxes[kept]
+    # Of the readers of an image, the share that saw a finding.
+    seen = pd.get_dummies(rows.set_index(["image", "reader"])["finding"], dtype=float)
+    share = seen.groupby(level=[0, 1], sort=False).max().groupby(level=0, sort=False).mean()
+    share = share.reindex(columns=VINBIG_FINDINGS, fill_value=0)
+    least = {"any": 0, "majority": 0.5}[readers]
+    table = (share > least).astype(int).reset_index()
+    present = table.melt("image", var_name="finding", value_name="present")
+    boxes = rows.merge(present[present["present"] == 1])
 
-
-def list_vinbig(raw=None, readers="majority", allow_missing=False):
-    """VinBigData / VinDr-CXR: Kaggle's `train.csv`, `train/*.dicom`, or PhysioNet's folders.
-
-    Args: as for `vinbig_labels` and `list_nih`.
-    Returns: `Listing`; PhysioNet's test set is kept, Kaggle's images are split by image.
-    """
-    lists = [Path(raw, "train.csv")]
-    if lists[0].is_file():
-        table, boxes = vinbig_labels(lists[0], None, readers)
-    else:
-        kinds = ("image_labels", "annotations")
-        lists = [Path(raw, "annotations", f"{k}_{s}.csv") for s in ("train", "test") for k in kinds]
-        train, boxes = vinbig_labels(*lists[:2], readers)
-        test, more = vinbig_labels(*lists[2:], readers)
-        table = [train.assign(split="train"), test.assign(split="test")]
-        table, boxes = pd.concat(table, ignore_index=True), pd.concat([boxes, more])
-    findings = [c for c in table if c not in ("image", "split")]
-    listing = Listing(table, findings, lists, boxes=boxes, allow_missing=allow_missing)
+    listing = Listing(table, VINBIG_FINDINGS, [csv], boxes=boxes, allow_missing=allow_missing)
     listing.rule += f"; labels by {readers} of the readers"
     return listing.attach(Files(raw), ".dicom")
 
@@ -1373,12 +1256,12 @@ CHESTMNIST_FILES = {
 }
 
 
-def download(url, path, md5=None, attempts=5):
+def download(url, path, md5=None):
     """Fetches a file; a broken transfer is resumed, a whole file is not fetched again.
 
     Args:
         url, path: from and to; `<path>.part` holds what has come so far.
-        md5: hex digest to check beside the size that the server states; attempts: connections.
+        md5: hex digest to check beside the size that the server states.
     Returns: path.
     Raises: PrepError.
     """
@@ -1387,7 +1270,7 @@ def download(url, path, md5=None, attempts=5):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
-    for _ in range(attempts):
+    for _ in range(5):
         # From one byte back: a server refuses to send nothing after a whole file.
         have = max(part.stat().st_size - 1, 0)
         try:
@@ -1413,7 +1296,7 @@ def download(url, path, md5=None, attempts=5):
 
 
 def fetch(command, folder, size):
-    """Downloads NIH's archives and lists, or ChestMNIST at a size; what to give as --raw."""
+    """Downloads and unpacks NIH, or downloads ChestMNIST at a size; what to give as --raw."""
     if command == "chestmnist":
         file, md5 = CHESTMNIST_FILES.get(size or 64, ("", ""))
         require(file, f"--size {size}; published are {[*CHESTMNIST_FILES]}")
@@ -1421,7 +1304,9 @@ def fetch(command, folder, size):
     for file in NIH_LISTS:
         download(LISTS_URL.format(file), folder / file)
     for k, key in enumerate(NIH_ARCHIVES, 1):
-        download(NIH_URL.format(key), folder / f"images_{k:03d}.tar.gz")
+        archive = download(NIH_URL.format(key), folder / f"images_{k:03d}.tar.gz")
+        with reading(archive), tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")  # refuses what would leave the folder
     return folder
 
 
@@ -1477,11 +1362,11 @@ COMMANDS = dict(
     vinbig=list_vinbig,
 )
 HELP = {
-    "out": "folder to make (default: data/NAME)",
+    "out": "folder to make (default: data/COMMAND)",
     "size": "edge S in pixels (default: 256; demo 128; chestmnist its own)",
     "workers": "processes (default: one a core, at most 8)",
     "overwrite": "start anew, replace what --out holds",
-    "raw": "folder of the raw files, or ChestMNIST's .npz; never written to",
+    "raw": "folder of the raw files, unpacked, or ChestMNIST's .npz; never written to",
     "csv": "table in --raw or elsewhere: image, [patient], [split], [mask], findings",
     "findings": "A,B: the columns of the table that are findings (default: all others)",
     "uncertain": "what the label -1 becomes (default: blank)",
@@ -1532,14 +1417,7 @@ def parse(argv):
 
 def prepare(command, out, size, workers, overwrite, download=False, **given):
     """Runs one preparing command; `given`: the arguments of its importer."""
-    if out is None:
-        name = command
-        if command == "folder" and given["raw"]:
-            name = Path(given["raw"]).name
-        if given.get("site") == "b":
-            name += "-b"
-        out = f"data/{name}"
-    out = Path(out)
+    out = Path(out or f"data/{command}")
     sound = MIN_SIDE <= (size or 256) <= 4096 and min(workers, given.get("count", 1)) >= 1
     require(sound, "expected --size from 16 to 4096, --workers and --count from 1")
     options = dict(given, command=command, size=size)

@@ -9,7 +9,6 @@ scikit-learn. Real X-rays are used where the variable MLVICX_XRAYS names a folde
 import ast
 import contextlib
 import csv
-import gzip
 import hashlib
 import io
 import itertools
@@ -2026,10 +2025,8 @@ def save_dicom(pixels, path, bits=None, ending=".1", photometric="MONOCHROME2", 
     ds, ds.file_meta = Dataset(), FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = UID + ".1"
     ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3"
-    ds.Rows, ds.Columns, *rest = pixels.shape
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = (rest or [1])[0], photometric
-    if rest:
-        ds.PlanarConfiguration = 0
+    ds.Rows, ds.Columns = pixels.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, photometric
     ds.BitsAllocated = 8 * pixels.itemsize
     ds.BitsStored = bits or ds.BitsAllocated
     ds.HighBit = ds.BitsStored - 1
@@ -2057,21 +2054,13 @@ def save_dicom(pixels, path, bits=None, ending=".1", photometric="MONOCHROME2", 
 
 def test_eight_bit_pictures_come_back_as_they_were_saved():
     picture = phantom(0)
-    colour = np.dstack([phantom(k) for k in range(3)])
-    luminance = np.asarray(Image.fromarray(colour).convert("L"))
-    for path, right in (
-        (save(picture, "a.png"), picture),
-        (save_dicom(picture, "b.dcm"), picture),
-        (save_dicom(colour, "c.dcm", photometric="RGB"), luminance),
-    ):
+    for path in (save(picture, "a.png"), save_dicom(picture, "b.dcm")):
         read = dp.read_xray(path)
-        assert read.dtype == np.uint8 and np.array_equal(read, right)
+        assert read.dtype == np.uint8 and np.array_equal(read, picture)
     lossy = dp.read_xray(save(picture, "c.jpg"))
     assert np.abs(lossy.astype(int) - picture).mean() < 5
-    # Told by content, not by name; and from an open stream.
-    os.rename("b.dcm", "b.png")
-    for source in ("b.png", io.BytesIO(Path("a.png").read_bytes())):
-        assert np.array_equal(dp.read_xray(source), picture)
+    os.rename("b.dcm", "b.png")  # told by content, not by name
+    assert np.array_equal(dp.read_xray("b.png"), picture)
 
 
 def scene(rows=40, columns=56):
@@ -2119,14 +2108,17 @@ def test_every_depth_and_colour_type_of_png_gives_its_full_range():
             if kind in (4, 6):
                 channels.append(np.random.default_rng(1).integers(0, 2**depth, gray.shape))
             save_png(Path("a.png"), np.dstack(channels), depth, kind, palette)
+            if depth == 16 and kind:
+                with pytest.raises(ValueError, match="16 bits with colour or transparency"):
+                    dp.read_xray("a.png")
+                continue
             read = dp.read_xray("a.png")
             assert read.dtype == np.uint8 and np.array_equal(read, gray * 255 // top), (kind, depth)
-    for depth, level in ((8, 200), (16, 200 * 257)):
-        samples = np.zeros((20, 20, 3), int)
-        samples[0], samples[2:, :, 1] = 2**depth - 1, level
-        save_png(Path("a.png"), samples, depth, 2)
-        # Luminance of green: 0.587.
-        assert np.unique(dp.read_xray("a.png")).tolist() == [0, 117, 255]
+    samples = np.zeros((20, 20, 3), int)
+    samples[0], samples[2:, :, 1] = 255, 200
+    save_png(Path("a.png"), samples, 8, 2)
+    # Luminance of green: 0.587.
+    assert np.unique(dp.read_xray("a.png")).tolist() == [0, 117, 255]
 
 
 STORED = {  # EXIF orientation -> how a picture is stored that is to be shown upright
@@ -2348,7 +2340,6 @@ def test_other_files_are_rejected_with_a_reason():
         ("thin.png", np.zeros((15, 400), np.uint8), "400 x 15 pixels"),
         ("white.png", np.full((20, 20), 255, np.uint8), "one value"),
         ("black.dcm", np.full((20, 20), 9, np.uint16), "one value"),
-        ("deep.tif", phantom(0).astype(np.uint16), "TIFF file of mode I;16"),
         ("a.gif", phantom(0), "not a PNG"),  # only the decoders that are needed
     ):
         if isinstance(what, bytes):
@@ -2944,7 +2935,7 @@ def test_folder_reads_every_format_and_column():
         "images/f.dicom,5,test,gone.png,1,1,x,",
         "../table.csv,6,test,,1,1,x,",
     )
-    args = "folder --raw mine --csv table.csv --size 64"
+    args = "folder --raw mine --csv table.csv --size 64 --out data/mine"
     assert "column 'note' holds ['hello']" in prep_refused(args)
     prep(args, "--findings Mass,Edema")
     images, _, rejected, meta = prepared("data/mine")
@@ -2988,16 +2979,13 @@ def test_folder_names_what_it_left_out_and_refuses_what_conflicts():
 
 
 def test_files_are_found_by_content_and_every_one_is_listed():
-    for name in ("a.png", "b.tif", "c.bmp", "d.webp", "e.jpeg", "g.PNG"):
+    for name in ("a.png", "c.bmp", "d.webp", "e.jpeg", "g.PNG"):
         save(phantom(0), f"raw/{name}")
     os.rename("raw/e.jpeg", "raw/e.jfif")
     os.rename(save_dicom(phantom(1), "raw/h.dcm"), "raw/h")
-    packed = gzip.compress(save_dicom(phantom(2), "raw/i.dcm").read_bytes())
-    os.rename("raw/i.dcm", "raw/1.2.840.10008")
-    Path("raw/i.dcm.gz").write_bytes(packed)
+    os.rename(save_dicom(phantom(2), "raw/i.dcm"), "raw/1.2.840.10008")
     good = os.listdir("raw")
-    bad = {"README": b"words", "cut.dcm.gz": gzip.compress(bytes(99))[:-9], "deep.tif": b"II*\0"}
-    bad |= {"._a.png": b"\0\5\x16\7", "odd.bin": b"\x1f\x8b", "notes.txt": b"words"}
+    bad = {"README": b"words", "deep.tif": b"II*\0", "._a.png": b"\0\5\x16\7", "odd.bin": b"\x1f"}
     for name, data in bad.items():
         Path("raw", name).write_bytes(data)
     Path("raw/broken.png").symlink_to("nowhere.png")
@@ -3009,12 +2997,12 @@ def test_files_are_found_by_content_and_every_one_is_listed():
     assert meta["findings"] == [] and set(labels["image"]) == {*good, "M\\xfcller.png"}
     assert set(rejected) == {*bad, "broken.png", "sub/more.pdf", "masks/a.png"}
     # The same with a table.
-    names = ["a", "h", "i", "1.2.840.10008"]
+    names = ["a", "h", "1.2.840.10008"]
     write("raw/labels.csv", "image,F", *[f"{name},{k % 2}" for k, name in enumerate(names)])
     prep("folder --raw raw --csv labels.csv --size 32 --out out --overwrite")
     _, labels, more, _ = prepared("out")
     assert labels["image"].tolist() == names
-    assert set(more) == {*rejected, *good, "M\\xfcller.png"} - {"a.png", "h", "i.dcm.gz", names[3]}
+    assert set(more) == {*rejected, *good, "M\\xfcller.png"} - {"a.png", "h", names[2]}
 
 
 def test_linked_folders_are_followed_but_not_in_a_circle():
@@ -3076,7 +3064,7 @@ def test_names_in_another_form_are_found_where_they_mean_one_file():
     assert rejected["d"] == "several files: ['images/x/d.png', 'images/y/d.png']"
     for found, other, message in (
         ("a,1", "a.png,1", "two images of the table are one file, images/a.png"),
-        ("q1,1", "q2,0", "none of 2 images has a file: the table names ['q1'], a file [('images/a"),
+        ("q1,1", "q2,0", "none of 2 images could be read: the table names ['q1'], left out: [('im"),
     ):
         write("raw/labels.csv", "image,F", found, other)
         assert message in prep_refused(args)
@@ -3168,20 +3156,15 @@ def refused_rows(path, args, *cases):
 
 
 @pytest.mark.parametrize("edition", ["2017", "2020"])
-@pytest.mark.parametrize("archives", [False, True])
-def test_nih_in_both_layouts_and_both_editions(archives, edition):
-    raw = raw_nih("raw", archives, edition)
-    before = sorted(raw.rglob("*"))
+def test_nih_in_both_editions(edition):
+    raw_nih("raw", edition=edition)
     prep("nih --raw raw --out out --size 48")
     check_nih("out")
-    assert sorted(raw.rglob("*")) == before  # nothing was unpacked
 
 
-@pytest.mark.parametrize("archives", [False, True])
-def test_missing_images_are_an_error_unless_they_are_allowed(archives):
-    raw_nih("raw", archives)
-    gone = "images_002.tar.gz" if archives else "images_002"
-    os.rename(f"raw/{gone}", gone)
+def test_missing_images_are_an_error_unless_they_are_allowed():
+    raw_nih("raw")
+    os.rename("raw/images_002", "images_002")
     line = prep_refused("nih --raw raw --out out --size 32")
     assert "1 of 6 images have no file, first 00000001_001.png" in line
     assert "--allow-missing" in line and not Path("out").exists()
@@ -3203,53 +3186,6 @@ def test_fault6_an_image_in_both_official_lists_is_refused():
     ):
         Path("raw", name).write_text(image)
     assert "two splits" in prep_refused("nih --raw raw --out out")
-
-
-def test_members_of_an_archive_that_are_no_listed_file_are_named_and_left():
-    raw_nih("raw", archives=True)
-    picture = save(phantom(50, 96), "p.png").read_bytes()
-    first, second = NIH_ROWS[0][0], NIH_ROWS[1][0]
-    members = [
-        ("../escape.png", tarfile.REGTYPE),
-        (os.path.abspath("absolute.png"), tarfile.REGTYPE),
-        ("images/../../up.png", tarfile.REGTYPE),
-        ("images/soft.png", tarfile.SYMTYPE),
-        (f"images/{second}", tarfile.LNKTYPE),
-        ("images/device.png", tarfile.CHRTYPE),
-        ("images/pipe.png", tarfile.FIFOTYPE),
-        ("images/extra.png", tarfile.REGTYPE),
-        (f"images/{first}", tarfile.REGTYPE),
-        (f"images/{first}", tarfile.REGTYPE),  # again
-        ("images", tarfile.DIRTYPE),
-    ]
-    with tarfile.open("raw/images_001.tar.gz", "w:gz") as tar:
-        for name, kind in members:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            info.size = len(picture) * (kind == tarfile.REGTYPE)
-            tar.addfile(info, io.BytesIO(picture))
-    prep("nih --raw raw --out out --size 48")
-    images, labels, rejected, _ = prepared("out")
-    reason = "images_001.tar.gz: not a file of the list, or there twice"
-    assert rejected == {name: reason for name, _ in members[:-1]}
-    assert labels["image"].tolist() == [name for name, *_ in NIH_ROWS]
-    assert np.array_equal(images[0], dp.resize_xray(phantom(50, 96), 48))
-    assert sorted(os.listdir()) == ["out", "p.png", "raw"]
-
-
-def test_a_truncated_archive_is_refused_and_complete_it_goes_on(monkeypatch):
-    monkeypatch.setattr(dp, "BATCH", 1)  # what came before the fault is kept
-    archive = raw_nih("raw", archives=True) / "images_004.tar.gz"
-    whole = archive.read_bytes()
-    for data in (whole[: len(whole) // 2], b"", b"<html>404</html>"):
-        archive.write_bytes(data)
-        line = prep_refused("nih --raw raw --out out --size 48 --workers 1")
-        assert "images_004.tar.gz: missing, damaged" in line and not Path("out").exists()
-        journal = Path("out.partial/progress.jsonl").read_text()
-        assert len(journal.splitlines()) == 1 + 2  # the plan and two pictures
-    archive.write_bytes(whole)
-    prep("nih --raw raw --out out --size 48")
-    check_nih("out")
 
 
 def test_rows_of_nih_that_have_no_sense_are_refused_by_name():
@@ -3513,11 +3449,12 @@ DEPTHS = (  # of each image
 )
 
 
-def raw_vinbig(root):
-    """Kaggle's files: three readers an image, mixed depths, compressions and polarities."""
+def raw_vinbig(root, suffixes=("",)):
+    """Three readers an image, mixed depths, compressions and polarities; a copy a suffix."""
     rows = ["image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max"]
-    for k, (name, votes) in enumerate(VINBIG_VOTES.items()):
-        bits, monochrome, ending = DEPTHS[k]
+    for k, (suffix, name) in enumerate(itertools.product(suffixes, VINBIG_VOTES)):
+        votes, name = VINBIG_VOTES[name], name + suffix
+        bits, monochrome, ending = DEPTHS[k % len(DEPTHS)]
         pixels = phantom(k).astype(np.uint16) << (bits - 8)
         if monochrome == "MONOCHROME1":
             pixels = np.uint16(2**bits - 1) - pixels
@@ -3531,7 +3468,7 @@ def raw_vinbig(root):
 
 
 @pytest.mark.parametrize("readers", ["any", "majority"])
-def test_vinbig_of_kaggle_by_any_reader_or_the_majority(readers):
+def test_vinbig_by_any_reader_or_the_majority(readers):
     raw_vinbig("raw")
     flags = "--readers any" if readers == "any" else ""  # majority is the default
     prep("vinbig --raw raw --out out --size 64", flags)
@@ -3554,54 +3491,6 @@ def test_vinbig_of_kaggle_by_any_reader_or_the_majority(readers):
     assert boxes[dp.EDGES][boxes["image"] == "two"].values.tolist()[1] == [9, 16, 31, 32]
 
 
-def raw_physionet(root, n=8):
-    """PhysioNet's files: three readers in train, a consensus in test.
-
-    COPD by every reader of odd images, Pneumonia by one reader of image 2, the other disease by two
-    of image 4.
-    """
-    findings = [*dp.VINBIG_FINDINGS[:9], "Other lesion", "COPD", "Pneumonia"]
-    for split, other, readers in (("train", "Other diseases", 3), ("test", "Other disease", 1)):
-        labels, boxes = [], []
-        for k, reader in itertools.product(range(n), range(readers)):
-            name = f"{split}{k}"
-            save_dicom(phantom(k), f"{root}/{split}/{name}.dicom", ending=".4.90")
-            votes = dict.fromkeys(findings, 0) | {"COPD": k % 2}
-            votes["Pneumonia"] = int(k == 2 and reader == 0)
-            votes[other] = int(k == 4 and reader < 2)
-            votes["No finding"] = int(not any(votes.values()))
-            labels.append({"image_id": name, "rad_id": f"R{reader}"} | votes)
-            for finding in [f for f, seen in votes.items() if seen]:
-                box = ",,," if finding == "No finding" else "8,8,24,40"
-                boxes.append(f"{name},R{reader},{finding},{box}")
-        header = "image_id,rad_id,class_name,x_min,y_min,x_max,y_max"
-        write(f"{root}/annotations/annotations_{split}.csv", header, *boxes)
-        table = pd.DataFrame(labels)
-        if readers == 1:
-            del table["rad_id"]
-        table.to_csv(f"{root}/annotations/image_labels_{split}.csv", index=False)
-    return Path(root)
-
-
-@pytest.mark.parametrize("readers", ["any", "majority"])
-def test_vindr_of_physionet_has_image_labels_and_the_official_test_set(readers):
-    raw_physionet("raw")
-    prep("vinbig --raw raw --out out --size 32 --readers", readers)
-    _, labels, rejected, meta = prepared("out")
-    names = [f"{split}{k}" for split in ("train", "test") for k in range(8)]
-    assert labels["image"].tolist() == names and not rejected
-    assert (labels["split"] == "test").tolist() == [False] * 8 + [True] * 8
-    assert not {"Other disease", "No finding", "rad_id", "image_id"} & set(meta["findings"])
-    assert labels["COPD"].tolist() == [k % 2 for k in range(8)] * 2
-    pneumonia = [int(readers == "any" and k == 2) for k in range(8)]
-    assert labels["Pneumonia"].tolist() == pneumonia + [int(k == 2) for k in range(8)]
-    assert labels["Other diseases"].tolist() == [int(k == 4) for k in range(8)] * 2
-    boxes = pd.read_csv("out/boxes.csv")
-    others = boxes["image"][boxes["finding"] == "Other diseases"].tolist()
-    assert others == ["train4", "train4", "test4"]
-    assert boxes[dp.EDGES].drop_duplicates().values.tolist() == [[4, 4, 8, 16]]
-
-
 def test_vinbig_rows_without_sense_are_refused():
     path, args = raw_vinbig("raw") / "train.csv", "vinbig --raw raw --out out --size 32"
     refused_rows(
@@ -3618,11 +3507,7 @@ def test_vinbig_rows_without_sense_are_refused():
     prep(args)
     assert prepared("out")[1]["Cardiomegaly"].tolist() == [0, 0, 1, 0, 0]
     path.unlink()
-    assert "annotations_train.csv" in prep_refused(args, "--overwrite")
-    labels = raw_physionet("raw") / "annotations" / "image_labels_test.csv"
-    labels.write_text(labels.read_text().replace("test3,0", "test3,2"))
-    line = prep_refused(args, "--overwrite")
-    assert "expected 0 or 1 in every finding" in line
+    assert "train.csv" in prep_refused(args, "--overwrite")
 
 
 # ---------------------------------------------------- data_prep 5. the datasets: fuzz
@@ -3771,12 +3656,39 @@ def test_nih_is_downloaded_whole_and_goes_on_after_a_break(monkeypatch):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(f"source/{published[url]}", path)
+        return path
 
     monkeypatch.setattr(dp, "download", download)
     assert urls[-1] in prep_refused("nih --download --size 32")
     published[urls[-1]] = last
     prep("nih --download --size 32")
     assert prepared("data/nih")[1]["image"].tolist() == [name for name, *_ in rows]
+
+
+def test_an_archive_that_is_damaged_or_leaves_its_folder_is_refused(monkeypatch):
+    monkeypatch.setattr(dp, "download", lambda url, path: path)  # all has come
+    archive = raw_nih("data/downloads/nih", archives=True) / "images_001.tar.gz"
+    whole = archive.read_bytes()
+    bad = [whole[: len(whole) // 2], b"", b"<html>404</html>"]
+    for name, kind in (
+        ("../escape.png", tarfile.REGTYPE),
+        ("images/../../up.png", tarfile.REGTYPE),
+        ("images/soft.png", tarfile.SYMTYPE),
+        ("images/hard.png", tarfile.LNKTYPE),
+        ("images/device.png", tarfile.CHRTYPE),
+        ("images/pipe.png", tarfile.FIFOTYPE),
+    ):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "../../../secret"
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.addfile(info)
+        bad.append(archive.read_bytes())
+    before = sorted(Path().rglob("*"))
+    for data in bad:
+        archive.write_bytes(data)
+        assert "images_001.tar.gz: missing, damaged" in prep_refused("nih --download")
+        shutil.rmtree(archive.parent / "images", ignore_errors=True)
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_nothing_is_fetched_without_being_asked(tmp_path, monkeypatch):
@@ -4249,7 +4161,7 @@ def readme_folders(tmp_path_factory):
         rows.append((f"{k + 1:08d}_000.png", labels[k % 4], split))
     with contextlib.chdir(root):
         raw_nih("raw/nih", rows=rows)
-        raw_physionet("raw/vinbig", n=40)
+        raw_vinbig("raw/vinbig", [f"-{k}" for k in range(16)])
         raw_rsna("raw/rsna", n=40)
         raw_siim("raw/siim", n=40)
         raw_folder("raw/mine", n=80)
@@ -4324,7 +4236,7 @@ def test_the_bench_measures_whole_steps_and_pretrain(monkeypatch):
     assert all(min(row.values()) > 0 for row in found.values())
 
 
-@pytest.mark.parametrize("name, most", [("mlvicx", 17300), ("data_prep", 13100)])
+@pytest.mark.parametrize("name, most", [("mlvicx", 17300), ("data_prep", 12000)])
 def test_the_code_stays_small(name, most):
     """Python's own tokens, without comments and docstrings."""
     source = io.StringIO((HERE / f"{name}.py").read_text()).readline
