@@ -16,7 +16,7 @@ folders, devices, quality of features, the training itself), evaluation (11), co
 
 Letters in shapes: B images in a batch, C channels, H x W pixels, D embedding dimensions, K levels,
 N images in a set, S side of the stored images, F findings. "split" is train, val or test.
-`# Deviation:` marks each difference from the authors' code; README.md lists the same ones.
+`# Deviation:` marks each difference from the authors' code; RESULTS.md lists the same ones.
 """
 # ---------------------------------------------------------------- 1. imports and constants
 
