@@ -744,11 +744,10 @@ def read_table(path, columns, numeric=()):
         numeric: columns, by their new names, that are read as floats, NaN for "".
     Raises: PrepError if it is no CSV, lacks a column, or a number is none.
     """
-    options = dict(dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
     # pandas only warns of too long a row
     with reading(path), warnings.catch_warnings(action="error"):
-        table = pd.read_csv(path, **options).fillna("").rename(columns=str.strip)
-        table = table.apply(lambda column: column.str.strip())
+        table = pd.read_csv(path, dtype=str, na_filter=False, encoding="utf-8-sig", index_col=False)
+        table = table.rename(columns=str.strip).apply(lambda column: column.str.strip())
         found = f"expected the columns {[*columns]}, found {list(table)[:20]}"
         require(set(columns) <= set(table), found)
         if isinstance(columns, dict):
@@ -990,7 +989,7 @@ def write_prepared(listing, out, options, size=None, workers=1):
             about = dict(descr="|u1", fortran_order=False, shape=(len(labels), size, size))
             np.lib.format.write_array_header_1_0(f, about)  # HEADER bytes
     counts = {split: int((labels["split"] == split).sum()) for split in SPLITS}
-    meta = dict(format=1, name=out.name, size=size, images=len(labels), findings=listing.findings)
+    meta = dict(name=out.name, size=size, images=len(labels), findings=listing.findings)
     meta.update(counts=counts, rejected=len(rejected), split_rule=listing.rule, **listing.extra)
     meta.update(options=options, sources={Path(p).name: file_digest(p) for p in listing.lists})
     meta["images_sha256"] = file_digest(folder / "images.npy")
@@ -1149,25 +1148,22 @@ def list_chestmnist(raw=None):
         tables = [pd.DataFrame(arrays[f"{s}_labels"], columns=NIH_FINDINGS) for s in SPLITS]
         table = pd.concat(tables, keys=SPLITS, names=["split", "image"]).astype(int).reset_index()
         require(table[NIH_FINDINGS].isin([0, 1]).all(axis=None), "labels other than 0 and 1")
+        size = arrays["val_images"].shape[1]
     table["image"] = table["split"] + table["image"].map("-{:05d}".format)
-    size, pictures = len(next(_read_npz(raw))), enumerate(_read_npz(raw))
-    listing = Listing(table, NIH_FINDINGS, sources=pictures, size=size)
+    listing = Listing(table, NIH_FINDINGS, sources=enumerate(_read_npz(raw)), size=size)
     listing.rule += " with ChestMNIST, by image"
     return listing
 
 
 def _read_npz(npz):
-    """Every picture, (H, W) uint8, read one by one: the largest file inflates to 6 GB."""
+    """Every picture, (H, W) uint8, in the order of SPLITS; a split, at most 4 GB, is in memory."""
     with reading(npz), np.load(npz) as arrays:
         for split in SPLITS:
-            with arrays.zip.open(f"{split}_images.npy") as f:
-                np.lib.format.read_magic(f)
-                (count, *shape), *kind = np.lib.format.read_array_header_1_0(f)
-                _check_size(*shape)
-                right = count == len(arrays[f"{split}_labels"]) and kind == [False, np.uint8]
-                require(right, f"{split}: expected uint8 pictures, one a row of labels")
-                for _ in range(count):
-                    yield np.frombuffer(f.read(math.prod(shape)), np.uint8).reshape(shape)
+            pictures = arrays[f"{split}_images"]
+            _check_size(*pictures.shape[1:])
+            right = pictures.dtype == np.uint8 and len(pictures) == len(arrays[f"{split}_labels"])
+            require(right, f"{split}: expected uint8 pictures, one a row of labels")
+            yield from pictures
 
 
 def list_rsna(raw=None, patients=None, allow_missing=False):
@@ -1197,8 +1193,9 @@ def list_siim(raw=None, patients=None, allow_missing=False):
     csv = [Path(raw, "train-rle.csv"), *Path(raw).glob("stage_2_train.csv")][-1]
     rows = read_table(csv, ["ImageId", "EncodedPixels"]).drop_duplicates()
     texts = rows.groupby("ImageId", sort=False)["EncodedPixels"].agg(tuple)
-    odd = [name for name, t in texts.items() if "" in t or ("-1" in t and len(t) > 1)]
-    require(not odd, f"{csv}: image {odd[:1]} has a blank, or both -1 and a region")
+    for name, row in texts.items():
+        sound = row == ("-1",) or not {"", "-1"} & set(row)
+        require(sound, f"{csv}: image ['{name}'] has a blank, or both -1 and a region")
     masks = [tuple(t for t in row if t != "-1") for row in texts]
     table = pd.DataFrame({"image": texts.index, "Pneumothorax": [int(bool(m)) for m in masks]})
     table, lists = add_patients(table, [csv], patients)
@@ -1207,30 +1204,45 @@ def list_siim(raw=None, patients=None, allow_missing=False):
 
 
 def list_vinbig(raw=None, readers="majority", allow_missing=False):
-    """VinBigData: `train.csv`, several readers an image, and `train/*.dicom`.
+    """VinBigData (Kaggle's `train.csv`) or VinDr-CXR (PhysioNet's `annotations/`), *.dicom.
 
     Args:
         readers: a finding is present if `any` reader, or the `majority` of them, saw it.
         raw, allow_missing: as for `list_nih`.
-    Returns: `Listing`, with all boxes of the findings that are present; split by image.
+    Returns: `Listing`, with all boxes of the findings that are present. PhysioNet's test set is
+        kept; Kaggle's images are split by image.
     """
-    csv = Path(raw, "train.csv")
+    units = ["image"]
+    lists = [Path(raw, "train.csv")]
     names = dict(zip("image_id class_name x_min y_min x_max y_max".split(), BOX, strict=True))
-    rows = read_table(csv, {**names, "rad_id": "reader"}, EDGES)  # a row a reader and box
-    rows[["width", "height"]] -= rows[["x", "y"]].to_numpy()
-    odd = {*rows["finding"]} - {*VINBIG_FINDINGS, "No finding"}
-    require(not odd, f"{csv}: unknown classes {odd}")
+    if lists[0].is_file():  # a row a reader and box
+        boxes = read_table(lists[0], {**names, "rad_id": "reader"}, EDGES)
+        odd = {*boxes["finding"]} - {*VINBIG_FINDINGS, "No finding"}
+        require(not odd, f"{lists[0]}: unknown classes {odd}")
+        seen = pd.get_dummies(boxes.set_index(["image", "reader"])["finding"], dtype=float)
+        seen = seen.groupby(level=[0, 1], sort=False).max()
+        seen = seen.reindex(columns=VINBIG_FINDINGS, fill_value=0)
+    else:  # a row a reader (one in test), a column a finding
+        units, lists, seen, boxes = ["image", "split"], [], [], []
+        other = {"image_id": "image", "Other disease": "Other diseases"}
+        for split in ("train", "test"):
+            for kind in ("image_labels", "annotations"):
+                lists.append(Path(raw, "annotations", f"{kind}_{split}.csv"))
+            rows = read_table(lists[-2], ["image_id"]).rename(columns=other).assign(split=split)
+            seen.append(rows.set_index(units))
+            boxes.append(read_table(lists[-1], names, EDGES).replace({"finding": other}))
+        seen = pd.concat(seen).drop(columns=["rad_id", "No finding"]).astype(float)
+        require(seen.isin([0, 1]).all(axis=None), f"{lists[::2]}: expected 0 or 1 in every finding")
+        boxes = pd.concat(boxes)
 
     # Of the readers of an image, the share that saw a finding.
-    seen = pd.get_dummies(rows.set_index(["image", "reader"])["finding"], dtype=float)
-    share = seen.groupby(level=[0, 1], sort=False).max().groupby(level=0, sort=False).mean()
-    share = share.reindex(columns=VINBIG_FINDINGS, fill_value=0)
+    share = seen.groupby(level=units, sort=False).mean()
     least = {"any": 0, "majority": 0.5}[readers]
     table = (share > least).astype(int).reset_index()
-    present = table.melt("image", var_name="finding", value_name="present")
-    boxes = rows.merge(present[present["present"] == 1])
-
-    listing = Listing(table, VINBIG_FINDINGS, [csv], boxes=boxes, allow_missing=allow_missing)
+    present = table.melt("image", [*share], "finding", "present")
+    boxes[["width", "height"]] -= boxes[["x", "y"]].to_numpy()
+    boxes = boxes.merge(present[present["present"] == 1])
+    listing = Listing(table, [*share], lists, boxes=boxes, allow_missing=allow_missing)
     listing.rule += f"; labels by {readers} of the readers"
     return listing.attach(Files(raw), ".dicom")
 
@@ -1318,7 +1330,7 @@ def verify(folder):
 
     Args: folder: prepared folder.
     Returns: list of problems, one line each: changed bytes, wrong counts, one picture in two
-        splits. Duplicates within a split are only printed.
+        splits.
     Raises: PrepError or OSError if the folder is incomplete, or a patient is in two splits.
     """
     folder, problems = Path(folder), []
@@ -1336,11 +1348,9 @@ def verify(folder):
     if any((splits == split).sum() != count for split, count in meta["counts"].items()):
         problems.append(f"labels.csv has other splits than meta.json: {meta['counts']}")
     for rows in labels.groupby(digests).indices.values():
-        if len(rows) > 1:
+        if splits[rows].nunique() > 1:
             same = ", ".join(f"{names[row]} ({splits[row]})" for row in rows)
-            print(f"one picture under several names: {same}")
-            if splits[rows].nunique() > 1:
-                problems.append(f"one picture in two splits: {same}")
+            problems.append(f"one picture in two splits: {same}")
 
     positive = labels[meta["findings"]] == "1"
     positive.insert(0, "images", True)
@@ -1352,15 +1362,8 @@ def verify(folder):
 # ================================================================================================
 # 8. Command line
 # ================================================================================================
-COMMANDS = dict(
-    demo=list_demo,
-    folder=list_folder,
-    nih=list_nih,
-    chestmnist=list_chestmnist,
-    rsna=list_rsna,
-    siim=list_siim,
-    vinbig=list_vinbig,
-)
+IMPORTERS = list_demo, list_folder, list_nih, list_chestmnist, list_rsna, list_siim, list_vinbig
+COMMANDS = {importer.__name__.removeprefix("list_"): importer for importer in IMPORTERS}
 HELP = {
     "out": "folder to make (default: data/COMMAND)",
     "size": "edge S in pixels (default: 256; demo 128; chestmnist its own)",
@@ -1403,13 +1406,13 @@ def parse(argv):
         if name in ("nih", "chestmnist"):
             defaults["download"] = False
         for option, default in defaults.items():
-            flag, about = f"--{option.replace('_', '-')}", dict(default=default, help=HELP[option])
+            kind = {"choices": CHOICES.get(option)}
             if default is False:
-                sub.add_argument(flag, action="store_true", **about)
+                kind = {"action": "store_true"}
             elif option in ("size", "workers", "count", "seed"):
-                sub.add_argument(flag, type=int, **about)
-            else:
-                sub.add_argument(flag, choices=CHOICES.get(option), **about)
+                kind = {"type": int}
+            flag = f"--{option.replace('_', '-')}"
+            sub.add_argument(flag, default=default, help=HELP[option], **kind)
     sub = commands.add_parser("verify", help="hashes, counts, splits and duplicates")
     sub.add_argument("folder", help="prepared folder")
     return parser.parse_args(argv)
@@ -1418,8 +1421,7 @@ def parse(argv):
 def prepare(command, out, size, workers, overwrite, download=False, **given):
     """Runs one preparing command; `given`: the arguments of its importer."""
     out = Path(out or f"data/{command}")
-    sound = MIN_SIDE <= (size or 256) <= 4096 and min(workers, given.get("count", 1)) >= 1
-    require(sound, "expected --size from 16 to 4096, --workers and --count from 1")
+    require(MIN_SIDE <= (size or 256) <= 4096, f"--size {size}: expected 16 to 4096")
     options = dict(given, command=command, size=size)
     options.pop("allow_missing", None)
     if out.exists() and not overwrite:
