@@ -1,9 +1,10 @@
 """MLVICX: multi-level variance-covariance exploration for chest X-rays, in one file.
 
 Two random views of an X-ray go through one ResNet. Context-bottleneck blocks (channel, then
-spatial attention) refine the feature maps of five levels. A *global* embedding is projected from
-the pooled last map, a *multi-level* (local) embedding from all five refined maps. A VICReg loss on
-each trains the encoder: L = L_G + lambda * L_L.
+spatial attention) refine its feature maps at five levels (the stem and four stages). A *global*
+embedding is projected from the pooled last map, a *local* (multi-level) one from the five refined
+maps. A VICReg loss on each trains the encoder, L = L_G + lambda * L_L: the embeddings of two views
+agree (invariance), no dimension is constant (variance), no two say the same (covariance).
 Paper: Singh, Gorade, Mishra, arXiv:2403.11504, IEEE JBHI 28(12), 2024.
 
     python mlvicx.py pretrain                 # demo X-rays, drawn on first use; minutes on a CPU
@@ -14,9 +15,11 @@ The file is read from top to bottom: settings (2), context-bottleneck (3), encod
 projectors (5), model (6), losses (7), optimiser (8), data and views (9), pre-training (10: run
 folders, devices, quality of features, the training itself), evaluation (11), command line (12).
 
-Letters in shapes: B images in a batch, C channels, H x W pixels, D embedding dimensions, K levels,
-N images in a set, S side of the stored images, F findings. "split" is train, val or test.
-`# Deviation:` marks each difference from the authors' code; RESULTS.md lists the same ones.
+Letters in shapes: B images in a batch, C channels (C_k of level k), H x W pixels, D embedding
+dimensions, K levels, N images in a set (n of them chosen), S side of the stored images, F findings
+(labels of disease), R bootstrap draws. "split" is train, val or test. "Needs:" names what must be
+copied along with a part. `*_literal` is a definition, for reading and tests; training uses the fast
+form. `# Deviation:` marks each difference from the authors' code; RESULTS.md lists the same ones.
 """
 # ---------------------------------------------------------------- 1. imports and constants
 
@@ -56,7 +59,7 @@ except ImportError:  # Windows has no flock: there, two processes on one run fol
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-LEVELS = (1, 2, 3, 4, 5)
+LEVELS = (1, 2, 3, 4, 5)  # 1: the stem; 2 to 5: layer1 to layer4 of the ResNet
 
 
 class UserError(ValueError):
@@ -70,9 +73,9 @@ def require(condition, message):
 
 
 # ---------------------------------------------------------------- 2. configuration
-# One dataclass a command. Every flag of the command line is a field here; the comment behind it is
-# the help that `--help` shows, so it must be there. Defaults stand here and nowhere else; PRESETS
-# adapts them to a dataset.
+# One dataclass for each command. Every flag of the command line is a field here; the comment behind
+# it is the help that `--help` shows, so it must be there. Defaults of the commands stand here and
+# nowhere else; PRESETS adapts them to a dataset.
 
 
 def parse_numbers(text):
@@ -94,9 +97,9 @@ class RunConfig:
     batch_size: int = 64  # images in a step, over all processes
     seed: int = 0  # decides initialisation, order, views and label subsets
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (mps is untried)
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on CUDA, else off
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: on CUDA alone
     backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # encoder
-    context: Literal["inline", "side", "none"] = "side"  # place of the blocks (authors: inline)
+    context: Literal["inline", "side", "none"] = "side"  # blocks beside the ResNet, in it, none
     attention: Literal["both", "channel", "spatial"] = "both"  # steps of a context-bottleneck
     overwrite: bool = False  # replace the files of an earlier run in the run folder
 
@@ -105,7 +108,7 @@ class RunConfig:
 class PretrainConfig(RunConfig):
     """Settings of `pretrain`; the defaults are the authors' recipe, where their code has one.
 
-    One is not: the blocks sit at the side (their form is `--context inline`).
+    One is not: the authors' context-bottlenecks are part of the ResNet, `--context inline`.
     """
 
     include_val: bool = False  # train on the validation images too, as the paper does
@@ -114,13 +117,13 @@ class PretrainConfig(RunConfig):
     epochs: int = 300  # passes over the training images
     lr: float = 0.2  # base learning rate for a batch of 256; scaled with the batch
     warmup_epochs: float = 2.0  # epochs of linear warm-up
-    weight_decay: float = 1e-6  # LARS weight decay
-    trust: float = 0.001  # LARS trust coefficient: step of a layer relative to its norm
+    weight_decay: float = 1e-6  # weight decay of LARS, the optimiser
+    trust: float = 0.001  # trust coefficient of LARS: step of a layer relative to its norm
     init: Literal["random", "imagenet"] = "random"  # initial weights of the encoder
     levels: tuple = LEVELS  # levels that feed the multi-level head
     embedding_dim: int = 4096  # width of both projectors
     final_bn: bool = True  # end the projectors in BatchNorm (authors); no: as VICReg
-    local_weight: float = 1.0  # lambda of L = L_G + lambda L_L; 0, with --context none: VICReg
+    local_weight: float = 1.0  # lambda of L_G + lambda L_L; 0, with none and --no-final-bn: VICReg
     sim_coeff: float = 25.0  # weight of the invariance term
     std_coeff: float = 25.0  # weight of the variance term
     cov_coeff: float = 1.0  # weight of the covariance term
@@ -133,8 +136,8 @@ class PretrainConfig(RunConfig):
     identical_views: bool = False  # give both branches the same view
     knn_every: int = 5  # epochs between k-NN evaluations on validation labels; 0: never
     checkpoint_minutes: float = 10.0  # minutes between checkpoints, beside those at stops
-    compile: bool = False  # torch.compile the context-bottlenecks; after a minute, faster on CUDA
-    graph: bool = True  # on one CUDA GPU, replay the training step as a CUDA graph
+    compile: bool = False  # compile the context-bottlenecks, for a minute; then faster on CUDA
+    graph: bool = True  # launch a whole training step at once (CUDA graph); one GPU only
     deterministic: bool = False  # bit-exact resume on CUDA too, at some cost in speed
 
 
@@ -186,7 +189,8 @@ class ExportConfig:
     drop_context: bool = False  # write the backbone without its inline blocks all the same
 
 
-# Defaults that suit a dataset better, by command and name of its folder. A flag that is given wins.
+# Defaults that suit a dataset better, by command and name of its folder; the demo has few images and
+# steps, hence large steps (trust) and mild views. A flag that is given wins.
 PRESETS = {
     ("pretrain", "demo"): {
         "size": 64,
@@ -231,9 +235,9 @@ def make_config(command, cls, given):
     config = cls(**dict(preset, **given))
     for name, value in asdict(config).items():
         if isinstance(value, (int, float, tuple)):
-            numbers = np.ravel(value)  # of one number, a list of one
+            numbers = np.ravel(value)  # one number becomes a list
             low, high = LIMITS.get(name, (0, sys.float_info.max))
-            distinct = 0 < len(numbers) == len(set(numbers))
+            distinct = 0 < len(numbers) == len(set(numbers))  # and there is one
             whole = name != "levels" or numbers.dtype == int
             valid = distinct and whole and all((numbers >= low) & (numbers <= high))
             flag = "--" + name.replace("_", "-")
@@ -252,9 +256,8 @@ def select(config, *names):
 class ChannelAttention(nn.Module):
     """Scales every channel by what its global average and its global maximum say about it.
 
-    Args: channels: C; the shared bottleneck has C / 2.
-    Input and output: (B, C, H, W).
-    Source: authors' code (the channel step of CBAM, arXiv:1807.06521, with reduction 2).
+    Args: channels: C; the hidden layer has C / 2. Input and output: (B, C, H, W).
+    Source: authors' code (the channel step of CBAM, an attention block, arXiv:1807.06521).
     """
 
     def __init__(self, channels):
@@ -263,9 +266,8 @@ class ChannelAttention(nn.Module):
         self.expand = nn.Conv2d(channels // 2, channels, 1, bias=False)
 
     def forward(self, x):
-        # The average is x.mean((2, 3)), whose backward pass is slower. The maximum is not
-        # x.amax((2, 3)), which shares the gradient between equal values; of the two forms that do
-        # not, the pool is fast on a CPU and slow on CUDA.
+        # A sum has a faster backward pass than a mean. `amax` would split the gradient between equal
+        # values; the pool and `max` do not: the pool is faster on a CPU, `max` on CUDA.
         positions = x.shape[2] * x.shape[3]
         average = x.sum((2, 3)) / positions  # (B, C, H, W) -> (B, C)
         if x.is_cuda:
@@ -273,8 +275,8 @@ class ChannelAttention(nn.Module):
         else:
             largest = F.adaptive_max_pool2d(x, 1).flatten(1)
 
-        # Both go through one bottleneck C -> C / 2 -> C (1x1 convolutions of a single position).
-        # The second layer is linear, so that average and maximum may be added before it.
+        # gate = sigmoid(mlp(average) + mlp(largest)) with one MLP, C -> C / 2 -> C, of 1x1
+        # convolutions. Its second layer is linear, so that the two may be added before it.
         pooled = torch.stack([average, largest])  # (2, B, C)
         hidden = F.relu(F.linear(pooled, self.reduce.weight.flatten(1)))
         gate = F.linear(hidden.sum(0), self.expand.weight.flatten(1)).sigmoid()  # (B, C)
@@ -282,7 +284,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Scales every position by what the mean and the maximum over channels say around it.
+    """Scales every position by a 7x7 convolution of the mean and the maximum over channels.
 
     Input and output: (B, C, H, W). `attention_map` returns the (B, 1, H, W) scale alone.
     Source: authors' code (the spatial step of CBAM, arXiv:1807.06521).
@@ -307,8 +309,8 @@ class ContextBottleneck(nn.Sequential):
     """Channel attention, then spatial attention; no residual, no normalisation.
 
     Args: channels: C of the map. attention: "both", or one step alone: "channel", "spatial".
-    Input and output: (B, C, H, W).
-    Needs: ChannelAttention, SpatialAttention. Source: summary of the paper; authors' code.
+    Input and output: (B, C, H, W). Sequential runs the steps in the order in which they are set.
+    Needs: ChannelAttention, SpatialAttention. Source: abstract of the paper; authors' code.
     """
 
     def __init__(self, channels, attention="both"):
@@ -337,7 +339,7 @@ class Encoder(nn.Module):
     Input: (B, 3, H, W), or (B, 1, H, W) gray, repeated; H, W >= 32.
     Returns: h (B, C5) and a list of five maps: at 224 px (B, 64, 112, 112), (B, 64, 56, 56),
         (B, 128, 28, 28), (B, 256, 14, 14), (B, 512, 7, 7) for ResNet-18.
-    Needs: ContextBottleneck. Source: authors' code (inline); summary of the paper (side).
+    Needs: ContextBottleneck. Source: authors' code (inline); abstract of the paper (side).
     """
 
     def __init__(self, backbone="resnet18", context="side", attention="both", levels=LEVELS):
@@ -349,6 +351,7 @@ class Encoder(nn.Module):
             setattr(self, name, getattr(resnet, name))
         width = resnet.fc.in_features  # 512 for ResNet-18
         self.channels = (64, width // 8, width // 4, width // 2, width)
+        # Saved with the weights: Encoder(**arch) builds the same network.
         self.arch = {"backbone": backbone, "context": context, "attention": attention}
         self.arch["levels"] = list(levels)
         self.context = nn.ModuleDict()
@@ -356,7 +359,7 @@ class Encoder(nn.Module):
             self.context[str(level)] = ContextBottleneck(self.channels[level - 1], attention)
 
     def features(self, x):
-        """(B, 3, H, W) -> the last map (B, C5, H / 32, W / 32), and the five refined maps."""
+        """(B, 3, H, W) -> the last map (B, C5, H / 32, W / 32), and five maps, refined where a block is."""
         if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 32:
             raise ValueError(f"expected (B, 1 or 3, >=32, >=32), got {tuple(x.shape)}")
         x = F.relu(self.bn1(self.conv1(x.expand(-1, 3, -1, -1))), inplace=True)
@@ -389,8 +392,8 @@ def projector_mlp(inputs, width, final_bn=True):
     """Three linear layers to a `width`-dimensional embedding: (B, inputs) -> (B, width).
 
     Args: final_bn: end in BatchNorm (authors' code). What leaves it has a standard deviation of
-        sqrt(B / (B - 1)) > 1, so that the variance term of section 7 is zero until a BatchNorm
-        weight falls below 1. False: end in a bias-free linear layer; the hinge acts from the start.
+        sqrt(B / (B - 1)) > 1, so that `variance_loss` is zero until a BatchNorm weight falls below
+        1. False: end in a linear layer without bias; `variance_loss` acts from the start.
     Source: authors' code; VICReg (arXiv:2105.04906), section 4.2.
     """
     layers = [
@@ -446,12 +449,12 @@ def aggregate_literal(maps, convs):
 
 
 @functools.cache
-@torch.inference_mode(False)  # a matrix that was kept must be usable in training, too
+@torch.inference_mode(False)  # one that is kept from inference mode could not be trained with
 def pool_matrix(height, width, dtype, device):
     """(16, H W): the weight of every pixel of a map in every cell of the 4 x 4 grid.
 
     Along one axis, resizing to 64 and pooling to 4 are linear: applied to the unit vectors, they
-    give their own matrix (4, side). The weights of both axes are multiplied.
+    give the columns of their matrix (4, side). The weights of both axes are multiplied.
     """
     axes = []
     for side in (height, width):
@@ -464,11 +467,10 @@ def pool_matrix(height, width, dtype, device):
 
 
 def aggregate(maps, convs):
-    """`aggregate_literal` exactly, but every map is pooled before its convolution.
+    """`aggregate_literal`, but every map is pooled first: 16 positions to convolve, not 4096.
 
-    All steps are linear, and they act on different axes, so their order may change. The 1x1
-    convolution then has 16 positions to work on, not 4096.
-    Args, Returns: as `aggregate_literal`. Needs: pool_matrix.
+    All steps are linear and act on different axes, so their order may change (the bias passes, for
+    the weights of a cell sum to 1). Args, Returns: as `aggregate_literal`. Needs: pool_matrix.
     """
     # Deviation: maps are pooled before their convolutions; same value and gradients, less work.
     total = 0
@@ -482,8 +484,9 @@ def aggregate(maps, convs):
 
 
 class LocalProjector(nn.Module):
-    """Embeds the maps of several levels together: K maps -> z_local (B, D). Usable on its own.
+    """Embeds the maps of several levels together: K maps -> z_local (B, D).
 
+    On its own: head = LocalProjector((64, 128)); loss, _ = vicreg_loss(head(maps1), head(maps2)).
     Args: channels: C_k of the maps. hidden: channels of the common map, which is pooled to 4 x 4.
     Needs: aggregate, projector_mlp. Source: authors' code.
     """
@@ -541,8 +544,9 @@ class MLVICX(nn.Module):
         return h, self.local_head.pool(chosen)
 
     def forward(self, view1, view2):
-        # One pass a view, not one over both: BatchNorm sees the statistics of a single view. The
-        # maps are pooled at once, so that those of view 1 need not be kept while view 2 is encoded.
+        # One pass for each view: BatchNorm sees the statistics of a single view. The maps are pooled
+        # immediately, so that those of view 1 need not be kept while view 2 is encoded. `project`
+        # takes both views through a projector, faster than one after the other.
         h1, pooled1 = self.represent(view1)
         h2, pooled2 = self.represent(view2)
         z_global = project(self.global_head.mlp, h1, h2)
@@ -596,7 +600,7 @@ def variance_loss(z, gamma=1.0, eps=1e-4):
 
 
 def covariance_literal(z):
-    """The covariance term by its definition: the D x D matrix, squared, minus its diagonal.
+    """The covariance term by its definition, from the D x D covariance matrix.
 
     Args: z: (B, D) embeddings of one view.
     Returns: scalar tensor, sum over i != j of cov_ij^2, divided by D.
@@ -610,7 +614,7 @@ def covariance_literal(z):
 def covariance_loss(z):
     """`covariance_literal` exactly, from the smaller of two matrices.
 
-    The squares of all elements of zc' zc (D x D) and of zc zc' (B x B) have the same sum.
+    The squares of all elements of zc.T @ zc (D, D) and of zc @ zc.T (B, B) have the same sum.
 
     Args: z: (B, D) embeddings of one view, any float dtype; computed in float32 (float64 stays).
     Returns: scalar tensor. Raises: ValueError if B < 2 or z is not 2-D.
@@ -630,8 +634,8 @@ def covariance_loss(z):
 def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, covariance=covariance_loss):
     """Invariance, variance and covariance of one pair of embeddings.
 
-    Args: z1, z2: (B, D) embeddings of the two views. sim_coeff, std_coeff, cov_coeff: alpha, beta,
-        gamma of the paper. covariance: form of that term; `covariance_literal` for comparison.
+    Args: z1, z2: (B, D) embeddings of the two views. sim_coeff, std_coeff, cov_coeff: weights of
+        the terms (MLVICX: alpha, beta, gamma). covariance: that term, or `covariance_literal`.
     Returns: the loss, and its parts {"invariance", "variance", "covariance"}, unweighted.
     Needs: invariance_loss, variance_loss, covariance_loss. Source: VICReg, eq. 6; authors' code
         (variance averaged over the two views, covariance summed).
@@ -669,7 +673,7 @@ def mlvicx_loss(z_global, z_local=None, local_weight=1.0, **coefficients):
 
 
 class GatherLayer(torch.autograd.Function):
-    """The tensors of all processes, joined; the gradient of each is summed over the processes."""
+    """The tensors of all processes, joined; their gradients are summed over the processes."""
 
     @staticmethod
     def forward(ctx, z):
@@ -679,18 +683,18 @@ class GatherLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # it is not ours to change
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(z):
-    """All processes' embeddings in rank order, with gradient: (B / N, D) -> (B, D).
+    """Embeddings of all W processes in rank order, with gradient: (B / W, D) -> (B, D).
 
-    Call it on every embedding before the loss when several processes share a batch: variance and
-    covariance are statistics of the whole batch, and without this each process has another loss.
-    The backward pass sums N equal gradients, and DDP's average over the processes divides by N.
-    With one process it returns z. Needs: GatherLayer. Source: VICReg's code (FullGatherLayer).
+    Call it on every embedding before the loss when processes share a batch in equal parts: variance
+    and covariance are statistics of the whole batch. The backward pass sums W equal gradients, and
+    the average of DistributedDataParallel divides by W. With one process it returns z.
+    Needs: GatherLayer. Source: VICReg's code (FullGatherLayer).
     """
     if not dist.is_initialized():
         return z
@@ -704,8 +708,9 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, layer by layer, to the norm of the weights.
 
     Args: params: parameters, or groups of them; those of one dimension get neither weight decay
-        nor adaptation. lr: a number, or a tensor. weight_decay, momentum, trust: as in the paper.
-    Source: arXiv:1708.03888; authors' code (momentum 0.9, trust 0.001, weight decay 1e-6).
+        nor scaling. lr: a number, or a tensor (in a CUDA graph). trust: the step of a layer over
+        the norm of its weights, at lr 1 and without momentum.
+    Source: LARS (arXiv:1708.03888); authors' code (weight decay 1e-6).
     """
 
     def __init__(self, params, lr=0.2, weight_decay=1e-6, momentum=0.9, trust=0.001):
@@ -731,7 +736,7 @@ class LARS(torch.optim.Optimizer):
             g_norm = torch.stack(torch._foreach_norm(grads))
             ratio = group["trust"] * p_norm / g_norm
             ratio = ratio.masked_fill(torch.minimum(p_norm, g_norm) == 0, 1.0)
-            torch._foreach_mul_(grads, list(ratio.unbind()))  # adaptation
+            torch._foreach_mul_(grads, list(ratio.unbind()))  # scaling
 
         momenta = []
         for p in params:
@@ -765,7 +770,7 @@ def cosine_schedule(step, total, warmup, base, floor=0.001):
 
 
 def generator(*keys):
-    """A CPU random generator that is a function of its keys alone: (seed, "views", step)."""
+    """A CPU random generator that is a function of its keys alone, as in (seed, "views", step)."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
     seed = int.from_bytes(digest[:8], "little") >> 1
     return torch.Generator().manual_seed(seed)
@@ -774,6 +779,7 @@ def generator(*keys):
 class PreparedData:
     """A folder that data_prep.py has written: images on disk, labels in memory.
 
+    labels.csv: image, patient, split, a column for each finding, has_mask if there are masks.
     Args: data: name under `root`, or a path.
     Attributes: images, masks (or None): uint8 (N, S, S) tensors over a memory map; labels: float32
         (N, F), NaN where unknown; findings: F names; patient, split, names: (N,) arrays; has_mask:
@@ -790,7 +796,7 @@ class PreparedData:
             self._read()
         except (ValueError, KeyError, OSError) as e:
             known = sorted(path.parent.name for path in Path(root).glob("*/meta.json"))
-            text = f"{self.folder} is missing or not prepared data ({e}); prepared: {known}"
+            text = f"{self.folder} cannot be used as prepared data ({e}); prepared: {known}"
             raise UserError(f"{text}; next: python data_prep.py --help") from e
 
     def _read(self):
@@ -847,10 +853,11 @@ def prefetch(load, items):
 
 
 def resize_matrix(start, length, source, size, flip=None):
-    """Crop and antialiased bicubic resize along one axis, as one matrix an image.
+    """Crop and antialiased bicubic resize along one axis, as one matrix for each image.
 
-    Every output pixel is a weighted mean of the source pixels around it. Row i of the matrix holds
-    the weights of output pixel i, so A @ image @ B.T crops and resizes both axes.
+    Every output pixel is a weighted mean of the source pixels around it; row i of the matrix holds
+    the weights of output pixel i. So rows @ image @ columns.T crops and resizes both axes. Pixel i
+    has its centre at i + 0.5. Four pixels to two: row 0 is about (0.46, 0.46, 0.12, -0.04).
     Args: start, length: (B,) first pixel and number of pixels of the crop. source: pixels of the
         uncropped axis. size: pixels of the result. flip: (B,) bool, mirror the result; or None.
     Returns: float32 (B, size, source), rows summing to 1.
@@ -869,7 +876,7 @@ def resize_matrix(start, length, source, size, flip=None):
     last = torch.minimum((center + 2 * stretch + 0.5).floor(), length[:, None])
     widest = int(4 * max(1, source / size)) + 2  # pixels under the widest kernel, and rounding
     taps = torch.arange(widest, device=start.device)
-    pixel = first[..., None] + taps  # (B, size, T), the source pixels under the kernel
+    pixel = first[..., None] + taps  # (B, size, T), the T source pixels under the kernel
 
     # Cubic kernel of the distance x, zero beyond 2 and beyond the crop.
     x = ((pixel + 0.5 - center[..., None]) / stretch[..., None]).abs()
@@ -879,7 +886,7 @@ def resize_matrix(start, length, source, size, flip=None):
     weight = torch.where(x < 1, near, far) * inside
     weight = weight / weight.sum(-1, keepdim=True)
 
-    # From T weights at their pixels to a row over all source pixels.
+    # From T weights at their pixels to a row over all source pixels (beyond them, weights are 0).
     index = (pixel + start[:, None, None]).clamp(max=source - 1).long()
     matrix = weight.new_zeros(len(start), size, source)
     return matrix.scatter_add_(2, index, weight)
@@ -922,17 +929,17 @@ def blur_matrix(sigma, size, taps=23):
 
 @dataclass
 class RandomViews:
-    """Two random views of every image: VICReg's asymmetric recipe on gray images, batched.
+    """Two random views of every image: VICReg's recipe, in which they differ, on gray images.
 
     In this order: rotation; crop, flip and antialiased bicubic resize, which are one pair of small
-    matrices, A @ image @ B.T; brightness and contrast (probability 0.8, in random order); blur (23
+    matrices, rows @ image @ columns.T; brightness and contrast (probability 0.8, in random order); blur (23
     taps; always on view 1, with probability 0.1 on view 2); solarize (view 2). Parameters are drawn
     for each image on the CPU, so that they depend on the generator alone.
 
     Args: size: side of the views. crop_min: smallest fraction of the area. flip, solarize:
         probabilities. jitter: strength, at most 1. blur: largest sigma in pixels (smallest 0.1).
         rotation: largest angle in degrees. identical_views: view 2 is view 1.
-    Call: (images (B, S, S) uint8, rng) -> view1, view2 (B, 3, size, size) normalised.
+    Call: (images (B, S, S) uint8, rng, or params of `draw`) -> view1, view2 (B, 3, size, size).
     Needs: resize_matrix, blur_matrix, rotate, normalise. Source: authors' code (from VICReg).
     """
 
@@ -1001,7 +1008,8 @@ class RandomViews:
         columns = resize_matrix(p["left"], p["width"], source, self.size, p["flip"])
         x = (rows @ x @ columns.mT).clamp_(0, 1)  # (B, S, S) -> (B, size, size)
 
-        # Brightness multiplies, before or after contrast, which mixes with the mean of the image.
+        # Contrast mixes with the mean of the image. Brightness comes before it or after it; at the
+        # other time its factor is 1.
         first = p["brightness_first"][:, None, None]
         brightness = p["brightness"][:, None, None]
         contrast = p["contrast"][:, None, None]
@@ -1033,9 +1041,10 @@ class RandomViews:
 # ---- files and run folders
 
 CHECKPOINT_FORMAT = 2
-# What commands write into a run folder; --overwrite removes these files and no others.
+# What commands write into a run folder (unit: one encoder, seed and label fraction); --overwrite
+# removes these files and no others.
 OWN_FILES = "metrics.csv last.pt previous.pt encoder.pt results.json classifier.pt unit-*.npy"
-STOPPED = "stopped, the last checkpoint is kept; lower --lr or use --amp off"
+STOPPED = "stopped; checkpoints are kept; lower --lr or use --amp off"
 
 
 @contextlib.contextmanager
@@ -1094,8 +1103,8 @@ def load_checkpoint(path):
 def save_training(folder, parts, state):
     """Writes last.pt of a pre-training; the one before stays as previous.pt.
 
-    Args: parts: model, optimiser and scaler by name. state: steps taken, rows of metrics.csv, and
-        what the steps of this epoch have logged.
+    Args: parts: dict of model, optimizer, scaler. state: dict of step (how many were taken),
+        history (rows of metrics.csv), logs (of the steps of this epoch).
     """
     saved = {name: part.state_dict() for name, part in parts.items()}
     save_checkpoint(folder / "last.pt", folder / "previous.pt", **saved, **state)
@@ -1120,7 +1129,8 @@ def resume(folder, parts):
         require(found.get("format") == CHECKPOINT_FORMAT, text)
         for name, part in parts.items():
             part.load_state_dict(found[name])
-        print(f"{folder}: resumes at step {found['step']} of {path.name}", *problems)
+        if processes()[0] == 0:
+            print(f"{folder}: resumes at step {found['step']} of {path.name}", *problems)
         return {name: found[name] for name in ("step", "history", "logs")}
     require(not problems, f"{problems}; give --overwrite to start again")
     return {"step": 0, "history": [], "logs": []}
@@ -1140,7 +1150,10 @@ def file_hash(path):
 
 
 def run_settings(config, data, **chosen):
-    """What decides the outcome of a run: settings, what "auto" has become, hashes of the data."""
+    """What decides the outcome of a run, and must not change when it is resumed, as plain values.
+
+    Args: chosen: what settings such as "auto" have become.
+    """
     settings = dict(asdict(config), **chosen, data_sha256=data.sha256())
     for name in ("out", "overwrite", "device", "data_root", "checkpoint_minutes"):
         settings.pop(name, None)
@@ -1152,7 +1165,8 @@ def run_settings(config, data, **chosen):
 def open_run(folder, settings, overwrite=False):
     """Makes or reopens a run folder, whose config.json says which run it holds.
 
-    Returns: the lock that keeps a second process out, a file to close at the end.
+    Returns: the lock that keeps a second process out, a file to close at the end. Raises: UserError
+    if the folder is in use, or holds another run, or files that are not of a run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
@@ -1184,7 +1198,7 @@ def open_run(folder, settings, overwrite=False):
 
 
 def keep_memory(keep=True):
-    """Tells glibc to keep what is freed for the next step, or to return it; without glibc, nothing.
+    """Tells the C library to keep what is freed for the next step, or to return it (glibc alone).
 
     Pages that go back to the system are zeroed when they return: on two CPU cores, a training step
     at batch 16 then takes 3.5 s; with memory that is kept, 2.0 s.
@@ -1213,7 +1227,8 @@ def setup(name="auto", deterministic=False):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:  # AssertionError: PyTorch without CUDA
-        raise UserError(f"--device {name} does not exist here; use --device cpu") from e
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"--device {name} cannot be used ({reason}); try --device cpu") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():
@@ -1264,7 +1279,7 @@ def stop_signals():
     """Yields a list that Ctrl-C and SIGTERM fill, for the training loop to read between steps."""
     caught, old = [], {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, lambda number, frame: caught.append(number))
+        old[number] = signal.signal(number, lambda caught_number, _: caught.append(caught_number))
     try:
         yield caught
     finally:
@@ -1324,7 +1339,7 @@ def mean_auroc(scores, labels):
 
 @torch.no_grad()
 def predict(model, images, rows, size, amp="auto", batch_size=128):
-    """Output of a model in eval mode, in which it stays, for whole images; on the CPU in float32.
+    """Outputs of a model for whole images, in float32 on the CPU; the model is left in eval mode.
 
     Args: images: uint8 (N, S, S). rows: (n,) int64 rows of it. size: side the network sees.
     Returns: (n, ...); of an Encoder its representation (n, C5).
@@ -1341,7 +1356,7 @@ def predict(model, images, rows, size, amp="auto", batch_size=128):
             y = y[0]  # an Encoder returns h and its maps
         outputs.append(y.float().cpu())
     outputs = torch.cat(outputs)
-    text = "the outputs of the model are not finite; lower --lr or use --amp off"
+    text = "outputs of the model are not finite; train with a lower --lr or use --amp off"
     require(outputs.isfinite().all(), text)
     return outputs
 
@@ -1355,7 +1370,7 @@ def knn_scores(train, labels, test, k=20):
 
 
 def knn_auroc(encoder, data, size, amp="auto", seed=0):
-    """Mean k-NN AUROC on validation labels, from at most 2,000 images of either split."""
+    """Mean k-NN AUROC on validation labels, from at most 2,000 images of each split."""
     features, labels = [], []
     for split in ("train", "val"):
         rows = data.indices(split)
@@ -1375,7 +1390,7 @@ def effective_rank(z):
     zc = _centred(z.double())
     # The squares of the singular values are the eigenvalues of a (B, B) matrix, found faster.
     singular = torch.linalg.eigvalsh(zc @ zc.T).clamp(min=0).sqrt()
-    if singular.sum() <= 1e-6 * math.sqrt(zc.numel()):
+    if singular.sum() <= 1e-6 * math.sqrt(zc.numel()):  # rounding noise
         return 0.0
     p = singular / singular.sum()
     return float(torch.special.entr(p).sum().exp())
@@ -1409,7 +1424,7 @@ def draw_demo(config):
 
 
 def pretraining_rows(data, exclude_ids="", include_val=False):
-    """Rows of the images to train on; and of validation images to watch, in random order.
+    """Rows of the images to train on; and of those for validation metrics, in random order.
 
     Args: exclude_ids: file of image names to leave out of training. include_val: train on the
         validation images too.
@@ -1433,7 +1448,7 @@ def choose_batch_size(wanted, images, device):
         wanted = min({"cuda": 256}.get(device.type, 64), images)
         wanted -= wanted % world
     possible = 2 * world <= wanted <= images and wanted % world == 0
-    expected = f"expected 2 to {images}, in {world} equal parts"
+    expected = f"expected 2 to {images}, the training images, in {world} equal parts"
     require(possible, f"--batch-size {wanted}: {expected}")
     return wanted
 
@@ -1485,12 +1500,13 @@ def build_model(config):
     except ValueError as e:
         raise UserError(str(e)) from e
     if config.init == "imagenet":
+        # Not strict: these weights have no context-bottlenecks.
         model.encoder.load_state_dict(imagenet_state(config.backbone), strict=False)
     return model
 
 
 def build_parts(config, device):
-    """Model, optimiser and scaler of a pre-training, by name."""
+    """Model, optimiser (whose lr `train_step` sets) and scaler of a pre-training, by name."""
     model = build_model(config).to(device, memory_format=torch.channels_last)
     optimizer = LARS(model.parameters(), **select(config, "weight_decay", "trust"))
     enabled = resolve_amp(device, config.amp) == "fp16"
@@ -1501,7 +1517,7 @@ def build_parts(config, device):
 # ---- training
 
 LOSS_WEIGHTS = ("local_weight", "sim_coeff", "std_coeff", "cov_coeff")
-READ_EVERY = 5  # steps
+READ_EVERY = 5  # steps between readings of the log, on CUDA
 VIEW_SETTINGS = tuple(f.name for f in fields(RandomViews))
 VALIDATION_IMAGES = 512  # at most; the covariance term depends on the number of images
 
@@ -1509,7 +1525,7 @@ VALIDATION_IMAGES = 512  # at most; the covariance term depends on the number of
 def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_weights):
     """One update of the weights from two views of a batch.
 
-    Args: model: MLVICX, perhaps wrapped. view1, view2: (B, 3, H, W). lr: learning rate of this
+    Args: model: MLVICX, or its DistributedDataParallel. view1, view2: (B, 3, H, W). lr: learning rate of this
         step, a number or a tensor. loss_weights: of `mlvicx_loss`.
     Returns: what is logged: a dict of scalar tensors on the device.
     """
@@ -1540,14 +1556,15 @@ class GraphedStep:
     """A training step as a CUDA graph: recorded once, then replayed with other inputs.
 
     A step launches thousands of kernels, for which Python needs longer than the GPU does; a replay
-    is one launch. The first steps run as they are. The replay must then change the weights as a
-    step does; if not, a line says so, and the steps go on as they are.
+    is one launch. Steps 1 to 3 run as they are. Before step 4 a step is recorded (which executes
+    nothing) and compared: its replay must change the weights as a step does. If so, all later steps
+    are replays; if not, a line says so, and the steps go on as they are.
     Args: step: function (images, params, lr) -> dict of scalar tensors. model, optimizer: what the
         step changes.
     """
 
     WARM_UP = 3  # steps, in which cuDNN chooses its algorithms and the optimiser makes its state
-    TOLERANCE = 0.01  # of the norm of the change of all weights, momenta and statistics
+    TOLERANCE = 0.05  # of the norm of the change of all weights
 
     def __init__(self, step, model, optimizer):
         self.step, self.model, self.optimizer = step, model, optimizer
@@ -1572,19 +1589,15 @@ class GraphedStep:
         if self.graph is None:
             return self.step(*self.inputs)
         self.graph.replay()
+        # Copies: the next replay writes into the same tensors.
         return dict(zip(self.log, torch.stack(list(self.log.values())), strict=True))
-
-    def undo(self, tensors, before):
-        """Puts tensors back to what they were; returns their change, as one vector."""
-        change = [(a - b).flatten().float() for a, b in zip(tensors, before, strict=True)]
-        torch._foreach_copy_(tensors, before)
-        return torch.cat(change)
 
     @torch.no_grad()
     def record(self):
         """Records a step, and compares its replay with a step from the same weights."""
+        weights = list(self.model.parameters())
         momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *momenta]
+        tensors = [*weights, *self.model.buffers(), *momenta]
         before = [tensor.clone() for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
         try:  # thread_local: the thread that loads batches may pin memory meanwhile
@@ -1594,11 +1607,14 @@ class GraphedStep:
             print(f"the step cannot be recorded as a CUDA graph: {e}")
             return
 
-        graph.replay()
-        replayed = self.undo(tensors, before)
-        with torch.enable_grad():
-            self.step(*self.inputs)
-        expected = self.undo(tensors, before)
+        changes = []
+        for run in (graph.replay, lambda: self.step(*self.inputs)):
+            with torch.enable_grad():
+                run()
+            change = [(a - b).flatten() for a, b in zip(weights, before, strict=False)]
+            changes.append(torch.cat(change))
+            torch._foreach_copy_(tensors, before)  # as if nothing had been run
+        replayed, expected = changes
         error = float((replayed - expected).norm() / expected.norm())
         if error < self.TOLERANCE:
             self.graph = graph
@@ -1639,7 +1655,7 @@ def prepare_step(config, parts, views, device):
         view1, view2 = views(images.to(device, non_blocking=True), params=params)
         return train_step(called, optimizer, scaler, view1, view2, lr, amp, **weights)
 
-    # A graph is of one process, and the scaler of float16 reads numbers during a step.
+    # A graph needs CUDA and one process; the scaler of float16 reads numbers during a step.
     eager = config.deterministic or dist.is_initialized() or amp == "fp16" or device.type != "cuda"
     if config.graph and not eager:
         return GraphedStep(step, model, optimizer)
@@ -1732,16 +1748,21 @@ def finish_epoch(config, parts, state, seconds, data, val_rows, views, folder):
         tqdm.write(warning)
 
 
+@contextlib.contextmanager
 def open_training(config, data, device, images):
-    """The run folder of a pre-training and its lock, which the first process holds for all."""
+    """Opens the run folder of a pre-training, in the first process for all; yields its path."""
     folder, lock = Path(config.out or f"runs/{data.folder.name}"), contextlib.nullcontext()
-    if processes()[0] == 0:
-        chosen = {"images": images, "batch_size": config.batch_size}
-        chosen["amp"] = resolve_amp(device, config.amp)
+    chosen = {"images": images, "batch_size": config.batch_size}
+    chosen["amp"] = resolve_amp(device, config.amp)
+    first = processes()[0] == 0
+    if first:
         lock = open_run(folder, run_settings(config, data, **chosen), config.overwrite)
-        print(f"{folder}: {chosen}", flush=True)
-    wait_for_all()  # until the folder is there
-    return folder, lock
+    with lock:
+        wait_for_all()  # until the folder is there
+        if first:
+            print(f"{folder}: {chosen}", flush=True)
+        yield folder
+        wait_for_all()  # torchrun ends all processes when one ends; the first may still write
 
 
 def pretrain(config):
@@ -1750,7 +1771,7 @@ def pretrain(config):
     Args: config: PretrainConfig. A run folder whose run was stopped is resumed. Returns: the run
     folder. Raises: UserError; KeyboardInterrupt after a stop signal. Source: authors' code.
     """
-    # Data. torchrun starts one process a GPU; the first one (rank 0) writes the files.
+    # Data. torchrun starts a process for each GPU; the first one (rank 0) writes the files.
     device = setup(config.device, config.deterministic)
     rank, _ = processes()
     draw_demo(config)
@@ -1760,14 +1781,14 @@ def pretrain(config):
     batch_size = choose_batch_size(config.batch_size, len(rows), device)
     config = replace(config, batch_size=batch_size)
     views = RandomViews(**select(config, *VIEW_SETTINGS))
-    epoch_steps = len(rows) // batch_size  # the remainder is dropped; another one each epoch
+    epoch_steps = len(rows) // batch_size  # a remainder is left out, other images each epoch
     total_steps, warmup_steps = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
 
     # Model, optimiser and run folder.
     parts = build_parts(config, device)
     step = prepare_step(config, parts, views, device)
-    folder, lock = open_training(config, data, device, len(rows))
-    with lock, stop_signals() as signals:
+    opened = open_training(config, data, device, len(rows))
+    with stop_signals() as signals, opened as folder:
         state = resume(folder, parts)
         pending, first_step, saved, started = [], state["step"], time.monotonic(), time.monotonic()
         steps = range(first_step, total_steps)
@@ -1778,7 +1799,7 @@ def pretrain(config):
             pending.append(step(images, params, lr))
             state["step"] = i + 1
 
-            # The rest waits for the GPU, and processes for each other: every few steps is enough.
+            # The rest waits for the GPU, and for other processes, which get here at the same steps.
             epoch_ends = state["step"] % epoch_steps == 0
             if device.type == "cuda" and not epoch_ends and state["step"] % READ_EVERY > 0:
                 continue
@@ -1800,9 +1821,9 @@ def pretrain(config):
                 saved = time.monotonic()
             if stopped:
                 break
-        wait_for_all()  # torchrun ends all processes when one ends; the first may still write
     if signals or state["step"] < total_steps:
-        raise KeyboardInterrupt(f"stopped at step {state['step']}; the same command resumes there")
+        again = "the same command resumes there, without --overwrite"
+        raise KeyboardInterrupt(f"stopped at step {state['step']}; {again}")
     return folder
 
 
@@ -1815,7 +1836,7 @@ def load_module(path, name):
 
     Raises: UserError if the file holds no such module, or naming the key that does not fit.
     """
-    # Deviation: a file that does not fit is an error; context-bottlenecks go along downstream.
+    # Deviation: a file that does not fit is an error; context-bottlenecks are kept in evaluation.
     # The authors' code goes on with a random encoder, and drops the blocks.
     state = load_checkpoint(path)
     held = f"{path} holds {sorted(state)}; expected a file like {name}.pt"
@@ -1898,8 +1919,7 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
     Args:
         x, x_val: (n, C) float32 features. y, y_val: (n, F) labels of 0, 1, NaN.
         strengths: L2 penalties on standardised features, strongest first; warm starts.
-    Returns: weight (F, C) and bias (F,) for the features as they come.
-    Source: linear evaluation protocol, solved by L-BFGS instead of the authors' AdamW.
+    Returns: weight (F, C) and bias (F,) for the features as they come. Source: authors' code.
     """
     # Deviation: the linear probe is solved by L-BFGS, not by AdamW.
     mean, std = x.mean(0), x.std(0, correction=0)
@@ -1911,7 +1931,7 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
     for strength in strengths:
         solver = torch.optim.LBFGS([weight, bias], max_iter=40, line_search_fn="strong_wolfe")
 
-        def closure(solver=solver, strength=strength):  # the loss, for L-BFGS
+        def closure(solver=solver, strength=strength):  # the loss; defaults are those of this round
             solver.zero_grad()
             loss = masked_bce(F.linear(x, weight, bias), y).sum()
             loss = loss + strength / 2 * weight.square().sum()
@@ -1992,7 +2012,7 @@ DICE_NAMES = ("dice_all", "dice_positive", "dice_pooled", "dice_blank", "iou_poo
 
 
 def dice_metrics(counts, weights=None):
-    """Dice in its meanings, from the `mask_counts` (n, 3) of images that count `weights` times.
+    """Five scores of overlap from the `mask_counts` (n, 3) of images that count `weights` times.
 
     Args: weights: (n,) or (R, n) array.
     Returns: (5,) or (R, 5) array, as DICE_NAMES: Dice of all images (empty and empty = 1); of
@@ -2024,6 +2044,7 @@ def augment(images, target, views, rng):
     """One random view of every image; masks get the same crop, flip and rotation.
 
     Args: images: uint8 (B, S, S). target: 0/1 masks, the same; another target stays as it is.
+        views: RandomViews that only crop, flip and rotate.
     Returns: float (B, size, size) images, and 0/1 masks (B, size, size) or the target.
     """
     params = views.draw(len(images), images.shape[-1], rng)
@@ -2114,12 +2135,11 @@ def weights_hash(weights):
 
 
 def run_units(config, data, device, folder, run_unit):
-    """Runs an evaluation for each of the weights, seeds and label fractions.
+    """Runs a unit for each encoder of --weights, each seed and each label fraction.
 
-    What is found is kept in a file, so that a command that was stopped reads it back. The name of
-    the file holds the hash of the weights; other settings or data are refused by `open_run`.
-    "random" more than once is as many initialisations, evaluated on the same label subsets, as
-    several pre-trainings are.
+    What a unit finds is kept in a file, unit-FRACTION-ENCODER-SEED-HASH.npy, so that a command that
+    was stopped reads it back. The hash is that of the weights; other settings or data are refused
+    by `open_run`. Every encoder gets the same label subsets; each "random" is another one.
     Args: run_unit: function (encoder, source, rows, seed) -> array, where `source` tells encoders
         apart and `rows` are the training rows whose labels may be used.
     Returns: label fraction -> list of arrays, in the order of weights and seeds.
@@ -2150,9 +2170,9 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
 
     With several encoders, the std is that of their means over the runs of each.
     Args:
-        runs: one array a run. patients: (n,). metric: (run, weights (..., n)) -> (..., M) numbers,
-            where the weights say how often each image counts. encoders: runs of one encoder stand
-            together. repeats: draws, in fifties.
+        runs: an array for each. patients: (n,). metric: (run, weights (..., n)) -> (..., M)
+            numbers, where the weights say how often each image counts. encoders: how many there
+            are; `runs` has those of the first, then of the second, ... repeats: draws, in fifties.
     Returns: M dicts {"mean", "std", "ci95"}; None where undefined.
     """
     # Every draw takes as many patients as there are, with replacement; fifty draws at a time.
@@ -2173,9 +2193,10 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
     return [{"mean": mean, "std": std, "ci95": ci95} for mean, std, *ci95 in table]
 
 
-def write_results(folder, task, config, data, tests):
-    """Writes results.json and prints its intervals. Args: tests: label fraction -> its results.
+def write_results(folder, task, config, data, val, tests):
+    """Writes results.json and prints its intervals.
 
+    Args: val: rows that chose the recipe. tests: label fraction -> its results.
     The results of one fraction stand under "test"; of several, under "test" and their fractions.
     Returns: the dict written.
     """
@@ -2201,8 +2222,7 @@ def write_results(folder, task, config, data, tests):
                 text = f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
             table.loc[name, f"{100 * fraction:g} % of the labels"] = text
     print(f"\n{config.weights}, {config.mode}: mean and 95 % interval on the test images;")
-    count = len(data.indices("val"))
-    print(f"epoch, strength and threshold are chosen on all {count} validation images")
+    print(f"epoch, strength and threshold are chosen on all {len(val)} validation images")
     print(table.to_string())
     print(f"written: {folder / 'results.json'}")
     return results
@@ -2217,11 +2237,12 @@ def choose_findings(data, findings):
     if findings:
         names = findings.split(",")
     known = names and set(names) <= set(data.findings)
-    require(known, f"--findings {findings}: {data.folder} has {data.findings}")
+    require(known, f"{data.folder} has the findings {data.findings}; wanted: {findings or 'any'}")
     labels = data.labels[:, [data.findings.index(name) for name in names]]
     of_val = labels[data.indices("val")]
     text = "no finding has both classes in the validation images, which choose the recipe"
-    require(not np.isnan(mean_auroc(0 * of_val, of_val)), f"{text}; prepare more of them")
+    defined = not np.isnan(mean_auroc(0 * of_val, of_val))  # whatever the scores
+    require(defined, f"{text}; prepare more of them")
     return names, labels
 
 
@@ -2275,11 +2296,11 @@ def classify(config):
             fit(config, *given, masked_bce, mean_auroc, (seed, "classify"))
             scores = predict(model, data.images, test, config.size, config.amp)
 
-        about = {"arch": encoder.arch, "findings": names, "size": config.size}
-        about["prepared_size"] = data.size
-        save_checkpoint(folder / "classifier.pt", classifier=model.state_dict(), **about)
         # A finding of which the training labels show one class alone has no classifier.
         learned = (labels[rows] == 1).any(0) & (labels[rows] == 0).any(0)
+        about = {"arch": encoder.arch, "findings": names, "learned": learned.tolist()}
+        about.update(size=config.size, prepared_size=data.size)
+        save_checkpoint(folder / "classifier.pt", classifier=model.state_dict(), **about)
         return scores.masked_fill(~learned, math.nan).numpy()
 
     with open_run(folder, run_settings(config, data), config.overwrite):
@@ -2287,7 +2308,7 @@ def classify(config):
         encoders = len(config.weights.split(","))
         for fraction, runs in run_units(config, data, device, folder, run_unit).items():
             tests[fraction] = classification_results(runs, y, patients, names, encoders)
-        return write_results(folder, "classify", config, data, tests)
+        return write_results(folder, "classify", config, data, val, tests)
 
 
 # ---- segmentation
@@ -2326,7 +2347,7 @@ def segment(config):
         for fraction, runs in run_units(config, data, device, folder, run_unit).items():
             found = interval(runs, data.patient[test.numpy()], dice_metrics, encoders)
             tests[fraction] = dict(zip(DICE_NAMES, found, strict=True))
-        return write_results(folder, "segment", config, data, tests)
+        return write_results(folder, "segment", config, data, val, tests)
 
 
 # ---- heatmaps
@@ -2381,6 +2402,7 @@ def predict_files(config):
         table[str(path)] = logits[0].sigmoid().tolist()
     require(table, f"none of {len(paths)} files could be read; PNG, JPEG and DICOM can")
     frame = pd.DataFrame.from_dict(table, "index", columns=state["findings"])
+    frame = frame.loc[:, state.get("learned", slice(None))]  # findings that have a classifier
     with replacing(config.out) as f:
         frame.to_csv(f, index_label="image", errors="surrogateescape")
     print(f"written: {config.out} ({len(table)} of {len(paths)} images)")
@@ -2406,7 +2428,7 @@ def export(config):
 
 
 def closing_table(config, folder):
-    """Prints what a linear probe gives on frozen features, random and just learned."""
+    """Prints what a linear probe gives on a random encoder, and on the one just trained."""
     names = ("data", "data_root", "size", "seed", "device", "amp", "backbone", "context")
     given = dict(select(config, *names, "attention"), overwrite=True)
     try:

@@ -535,7 +535,7 @@ def test_generator_is_a_function_of_its_keys():
 
 def test_unprepared_and_half_prepared_data_are_refused(place):
     line = refused("pretrain --data none")
-    assert "none is missing" in line and "toy" in line
+    assert "none cannot be used" in line and "toy" in line
     Path("data/empty").mkdir()
     assert "meta.json" in refused("pretrain --data empty")
     half = write_set("data/half")
