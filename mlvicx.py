@@ -2110,7 +2110,10 @@ def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
 
 
 def prepare_evaluation(config, task):
-    """Dataset, device and run folder of `classify` and `segment`; all is checked before any work."""
+    """What `classify` and `segment` need, checked before any work.
+
+    Returns: the configuration with the precision that "auto" means, dataset, device, run folder.
+    """
     require(config.batch_size > 0, "--batch-size: expected 1 or more, found 0")
     device, names = setup(config.device), []
     draw_demo(config)
@@ -2124,7 +2127,8 @@ def prepare_evaluation(config, task):
         names.append(Path(weights).parent.name or weights)
     fractions = ",".join(f"{fraction:g}" for fraction in config.labels)
     default = "-".join([data.folder.name, task, config.mode, "+".join(names), fractions])
-    return data, device, Path(config.out or f"runs/{default}")
+    config = replace(config, amp=resolve_amp(device, config.amp))
+    return config, data, device, Path(config.out or f"runs/{default}")
 
 
 def weights_hash(weights):
@@ -2275,7 +2279,7 @@ def classify(config):
     classifier.pt, for `predict`, is the last one trained.
     Args: config: ClassifyConfig. Returns: the dict of results.json.
     """
-    data, device, folder = prepare_evaluation(config, "classify")
+    config, data, device, folder = prepare_evaluation(config, "classify")
     names, labels = choose_findings(data, config.findings)
     val, test = data.indices("val"), data.indices("test")
     features = {}  # of the last encoder, of all images
@@ -2322,7 +2326,7 @@ def segment(config):
     `has_mask` are used.
     Args: config: SegmentConfig. Returns: the dict of results.json.
     """
-    data, device, folder = prepare_evaluation(config, "segment")
+    config, data, device, folder = prepare_evaluation(config, "segment")
     require(data.masks is not None, f"{data.folder} has no masks.npy; segment needs masks")
     masked = {}
     for split in ("train", "val", "test"):

@@ -1506,6 +1506,38 @@ def test_encoders_with_equal_parameters_but_another_form_do_not_share_features(t
     assert np.abs(scores[0] - scores[1]).max() > 1e-3
 
 
+def test_bf16_is_for_cards_that_compute_in_it(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for computes, expected in ((False, "fp16"), (True, "bf16")):  # fp16: T4, V100
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, c=computes: c or including_emulation,
+        )
+        assert m.resolve_amp(cuda, "auto") == expected and m.resolve_amp(cuda, "off") == "off"
+        assert m.resolve_amp(cpu, "auto") == "off"
+
+
+def test_results_of_another_precision_are_not_read_back(trained, monkeypatch):
+    args = "classify --data toy --size 32 --weights runs/toy/encoder.pt --out runs/c"
+    run(args)
+    monkeypatch.setattr(m, "resolve_amp", lambda *_: "bf16")  # as on a GPU
+    assert "amp = off, now bf16" in refused(args)
+
+
+def test_fine_tuning_in_float16_scales_the_loss(trained, monkeypatch):
+    scaled, scale = [], torch.amp.GradScaler.scale
+    monkeypatch.setattr(
+        torch.amp.GradScaler,
+        "scale",
+        lambda self, loss: scaled.append(self.is_enabled()) or scale(self, loss),
+    )
+    evaluate("classify --mode finetune --epochs 1 --amp fp16 --out runs/c")
+    evaluate("classify --mode finetune --epochs 1 --out runs/d")
+    half = len(scaled) // 2
+    assert scaled == [True] * half + [False] * half and half > 0
+
+
 def test_scores_that_are_not_finite_stop_the_command(trained):
     encoder = m.Encoder()
     encoder.layer4[1].bn2.weight.data.fill_(math.nan)
