@@ -1557,14 +1557,14 @@ class GraphedStep:
 
     A step launches thousands of kernels, for which Python needs longer than the GPU does; a replay
     is one launch. Steps 1 to 3 run as they are. Before step 4 a step is recorded (which executes
-    nothing) and compared: its replay must change the weights as a step does. If so, all later steps
-    are replays; if not, a line says so, and the steps go on as they are.
+    nothing) and compared: its replay must change weights and momenta as a step does. If so, all
+    later steps are replays; if not, a line says so, and the steps go on as they are.
     Args: step: function (images, params, lr) -> dict of scalar tensors. model, optimizer: what the
         step changes.
     """
 
     WARM_UP = 3  # steps, in which cuDNN chooses its algorithms and the optimiser makes its state
-    TOLERANCE = 0.05  # of the norm of the change of all weights
+    TOLERANCE = 0.05  # of the norm of the change
 
     def __init__(self, step, model, optimizer):
         self.step, self.model, self.optimizer = step, model, optimizer
@@ -1595,9 +1595,9 @@ class GraphedStep:
     @torch.no_grad()
     def record(self):
         """Records a step, and compares its replay with a step from the same weights."""
-        weights = list(self.model.parameters())
         momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
-        tensors = [*weights, *self.model.buffers(), *momenta]
+        compared = [*self.model.parameters(), *momenta]
+        tensors = [*compared, *self.model.buffers()]
         before = [tensor.clone() for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
         try:  # thread_local: the thread that loads batches may pin memory meanwhile
@@ -1611,7 +1611,7 @@ class GraphedStep:
         for run in (graph.replay, lambda: self.step(*self.inputs)):
             with torch.enable_grad():
                 run()
-            change = [(a - b).flatten() for a, b in zip(weights, before, strict=False)]
+            change = [(a - b).flatten() for a, b in zip(compared, before, strict=False)]
             changes.append(torch.cat(change))
             torch._foreach_copy_(tensors, before)  # as if nothing had been run
         replayed, expected = changes
