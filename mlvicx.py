@@ -1314,7 +1314,7 @@ def auroc(scores, labels, weights=None):
     negative = np.add.reduceat(weights * (1 - labels), starts, -1)
     negative_below = np.cumsum(negative, -1) - negative
     won = (positive * (negative_below + negative / 2)).sum(-1)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # 0 / 0 = NaN: one class is missing
         return won / (positive.sum(-1) * negative.sum(-1))
 
 
@@ -1698,7 +1698,7 @@ def validation_metrics(model, data, rows, views, seed=0, amp="off", **loss_weigh
             z_global, z_local = model(view1, view2)
         chunks.append(torch.stack([*z_global, *(z_local or ())]).float())  # (2 or 4, chunk, D)
 
-    pairs = torch.cat(chunks, 1).split(2)  # the global pair (2, n, D), and the local one
+    pairs = torch.cat(chunks, 1).split(2)  # (2 or 4, n, D) -> the global pair, the local pair
     _, log = mlvicx_loss(*pairs, **loss_weights)
     row = {f"val_{name}": float(value) for name, value in log.items()}
     require(math.isfinite(row["val_loss"]), f"val_loss is {row['val_loss']}; {STOPPED}")
@@ -2172,7 +2172,8 @@ def run_units(config, data, device, folder, run_unit):
 def interval(runs, patients, metric, encoders=1, repeats=1000):
     """Mean and std over runs; 95 % bootstrap interval over test patients of the mean over runs.
 
-    With several encoders, the std is that of their means over the runs of each.
+    With several encoders, the std is that of the means of each: of two with three seeds each, the
+    std of two numbers.
     Args:
         runs: an array for each. patients: (n,). metric: (run, weights (..., n)) -> (..., M)
             numbers, where the weights say how often each image counts. encoders: how many there
