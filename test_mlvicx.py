@@ -1352,8 +1352,8 @@ def test_a_training_step_of_two_processes_is_that_of_one():
 
 
 def test_torchrun_trains_with_two_processes(place):
-    call = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    call += ["--master-port", "29611", HERE / "mlvicx.py"]
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    call.append(HERE / "mlvicx.py")
     call += words(["pretrain --data toy", *SMALL, "--epochs 1 --batch-size 4 --out"])
     assert subprocess.run([*call, "runs/whole"], timeout=300).returncode == 0
     assert len(pd.read_csv("runs/whole/metrics.csv")) == 1
@@ -4280,7 +4280,7 @@ def test_every_command_of_the_readme_runs(readme_folders, monkeypatch):
         if start == "torchrun":
             line = line.replace("--nproc-per-node 8", "--nproc-per-node 2")
             line = line.replace("mlvicx.py", str(HERE / "mlvicx.py"))
-            call = [sys.executable, "-m", "torch.distributed.run"]
+            call = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             call += words([line, small["pretrain"]])[1:]
             assert subprocess.run(call, capture_output=True, timeout=600).returncode == 0, line
             continue
