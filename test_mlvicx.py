@@ -99,7 +99,7 @@ def write_set(folder, n=48, size=48, seed=0, **columns):
     table = pd.DataFrame({"image": [f"i{i:04d}" for i in range(n)], "patient": np.arange(n) // 2})
     splits = np.array(["train", "train", "train", "val", "test"])
     table["split"] = splits[table["patient"] % 5]
-    table = table.assign(A=bright, B=rough, has_mask=1, **columns)
+    table = table.assign(A=bright, B=rough, has_mask=np.arange(n) % 7 > 0, **columns)
     table.to_csv(folder / "labels.csv", index=False)
     meta = {"name": folder.name, "size": size, "images": n, "findings": ["A", "B"]}
     meta["images_sha256"] = f"{seed}-{n}-{size}"
@@ -711,6 +711,7 @@ def test_training_sees_the_training_split_alone_unless_told_otherwise(place):
     for include_val, splits in ((False, ["train"]), (True, ["train", "val"])):
         rows, held = m.pretraining_rows(data, include_val=include_val)
         assert torch.equal(rows, data.indices(*splits))
+        assert not torch.equal(held, data.indices("val"))
         assert torch.equal(held.sort().values, data.indices("val"))
     Path("skip.txt").write_text("i0000\ni0001\n")
     assert len(m.pretraining_rows(data, "skip.txt")[0]) == len(data.indices("train")) - 2
@@ -752,7 +753,8 @@ def test_the_automatic_batch_fits_the_device_and_the_images(monkeypatch):
 def test_batches_are_a_function_of_seed_epoch_and_step(place, monkeypatch):
     """Every epoch has all images but for the remainder; processes have parts of the batch."""
     data, views, cpu = m.PreparedData("toy"), m.RandomViews(32), torch.device("cpu")
-    given = (data, torch.arange(20), views, m.PretrainConfig(batch_size=6), cpu)
+    given = (data, torch.arange(20, 40), views, m.PretrainConfig(batch_size=6), cpu)
+    data.images[:20] = 0  # no training images
     whole = list(m.load_batches(range(6), *given))
     for first in (0, 3):
         images = torch.cat([images for _, images, _ in whole[first : first + 3]])
@@ -919,8 +921,7 @@ def test_a_graphed_step_is_the_step(place, monkeypatch, works, capsys):
         logs = []
         for i in range(6):
             params = views.draw(4, 48, m.generator(i))
-            log = step(images[4 * i : 4 * i + 4], params, 0.001 * (i + 1))
-            logs.append({name: float(value) for name, value in log.items()})
+            logs.append(step(images[4 * i : 4 * i + 4], params, 0.001 * (i + 1)))
         runs.append((logs, parts["model"].state_dict()))
     assert (graphed.graph is not None) == works
     assert ("it is not used" in capsys.readouterr().out) != works
@@ -1418,6 +1419,7 @@ def test_fault7_label_subsets_never_cut_through_a_patient(trained):
     inside, train = m.label_subset(data, 0.2).tolist(), data.indices("train").tolist()
     chosen = set(data.patient[inside])
     assert inside == [row for row in train if data.patient[row] in chosen] != train
+    assert len(chosen) == 5  # of 24, rounded up
 
 
 def test_masked_bce_by_hand():
@@ -1523,6 +1525,7 @@ def test_results_of_another_precision_are_not_read_back(trained, monkeypatch):
     run(args)
     monkeypatch.setattr(m, "resolve_amp", lambda *_: "bf16")  # as on a GPU
     assert "amp = off, now bf16" in refused(args)
+    assert "amp = off, now bf16" in refused("pretrain --data toy --out runs/toy", *SMALL)
 
 
 def test_fine_tuning_in_float16_scales_the_loss(trained, monkeypatch):
@@ -1621,6 +1624,9 @@ def test_fault7_scores_stand_under_the_name_of_their_own_label(trained):
     table[table.columns[::-1]].to_csv("data/toy/labels.csv", index=False)
     data = m.PreparedData("toy")
     assert data.findings == ["A", "B"] and torch.equal(data.labels, labels)
+    before = data.sha256()
+    data.masks.zero_()
+    assert data.sha256() != before
     one = evaluate("classify --findings B --out runs/b")["test"]["per_finding"]
     both = evaluate("classify --findings B,A --out runs/ba")["test"]["per_finding"]
     assert list(one) == ["B"] and list(both) == ["B", "A"]
@@ -1661,8 +1667,9 @@ def test_interval_is_a_bootstrap_over_patients():
 def test_several_initialisations_are_judged_on_the_same_labels(trained, monkeypatch):
     rows, subset = [], m.label_subset
     monkeypatch.setattr(m, "label_subset", lambda *a: rows.append(subset(*a)) or rows[-1])
-    both = evaluate("classify --labels 0.5 --weights random,random --out runs/two")
-    assert torch.equal(*rows)
+    both = evaluate("classify --labels 0.5 --seeds 2 --weights random,random --out runs/two")
+    assert torch.equal(*rows[::2])
+    assert Path("runs/two/unit-0.5-1-0-random2.npy").exists()  # two seeds come first
     scores = [unit("runs/two", index, 0) for index in (0, 1)]
     assert not np.array_equal(*scores)
     single = evaluate("classify --labels 0.5 --weights random --out runs/one")
@@ -1700,7 +1707,7 @@ def test_the_labels_and_masks_of_the_test_set_decide_nothing(trained, monkeypatc
         of_test = (table["split"] == "test").to_numpy()
         table.loc[of_test, ["A", "B"]] = 1 - table.loc[of_test, ["A", "B"]]
         table.to_csv("data/toy/labels.csv", index=False)
-        masks[of_test] = 1 - masks[of_test]
+        masks[of_test | ~table["has_mask"]] ^= 1  # nor do those that are unknown
         np.save("data/toy/masks.npy", masks)
     half = len(outputs) // 2
     assert all(map(torch.equal, outputs[:half], outputs[half:])) and tests[0] != tests[1]
@@ -1727,7 +1734,7 @@ def test_the_strength_of_the_probe_is_the_best_on_validation():
 def test_fine_tuning_ends_with_the_weights_of_its_best_epoch(trained):
     data = m.PreparedData("toy")
     model, val = m.Classifier(m.Encoder(context="none"), 2), data.indices("val")
-    scores, states = iter([0.6, 0.9, 0.7, 0.8, 0.99]), []
+    scores, states, rates = iter([0.6, 0.9, 0.9, 0.8, 0.99]), [], []
 
     def score(logits, labels):
         assert logits.shape == labels.shape and torch.equal(labels, data.labels[val])
@@ -1736,8 +1743,12 @@ def test_fine_tuning_ends_with_the_weights_of_its_best_epoch(trained):
 
     config = m.ClassifyConfig(size=32, epochs=9, batch_size=8, patience=2)
     given = (config, model, data.images, data.labels, torch.arange(8), val, 1.0)
-    m.fit(*given, m.masked_bce, score, ("best",))
+    with torch.optim.optimizer.register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    ):
+        m.fit(*given, m.masked_bce, score, ("best",))
     assert len(states) == 4  # two epochs without a better score
+    assert max(np.diff(rates)) < 0
     torch.testing.assert_close(dict(model.state_dict()), states[1], rtol=0, atol=0)
 
 
@@ -1761,8 +1772,9 @@ def test_every_encoder_that_pretrain_writes_can_be_judged(place, flags):
 
 def test_predict_gives_the_models_probabilities_of_every_kind_of_file(capsys):
     torch.manual_seed(0)
-    model = m.Classifier(m.Encoder(), 1)
-    about = {"arch": model.encoder.arch, "findings": ["F"], "size": 32, "prepared_size": 64}
+    model = m.Classifier(m.Encoder(), 2)
+    about = {"arch": model.encoder.arch, "findings": ["F", "G"], "size": 32, "prepared_size": 64}
+    about["learned"] = [True, False]
     m.save_checkpoint("classifier.pt", classifier=model.state_dict(), **about)
     one, two = phantom(1, 72), phantom(2, 72)
     save(one, "new/a.png")
@@ -1771,7 +1783,7 @@ def test_predict_gives_the_models_probabilities_of_every_kind_of_file(capsys):
     Path("new/d.png").write_bytes(Path("new/a.png").read_bytes()[:200])
     run("predict new --weights classifier.pt --out scores.csv")
     assert "d.png" in capsys.readouterr().err
-    found = pd.read_csv("scores.csv", index_col="image")["F"]
+    found = pd.read_csv("scores.csv", index_col="image").squeeze(1)
     images = torch.tensor(np.array([dp.resize_xray(image, 64) for image in (one, two)]))
     expected = m.predict(model, images, torch.arange(2), 32).sigmoid()[:, 0].tolist()
     first, second = (pytest.approx(value, abs=1e-5) for value in expected)
@@ -2202,13 +2214,13 @@ def test_the_list_of_transfer_syntaxes_is_what_was_tested():
     assert set(dp.TRANSFER_SYNTAXES) == {UID + ending for ending in COMPRESSIONS}
 
 
-@pytest.mark.parametrize("bits,kind", [(8, "u1"), (12, "i2"), (16, "u2")])
+@pytest.mark.parametrize("bits,kind", [(8, "u1"), (8, "i1"), (12, "i2"), (16, "u2")])
 @pytest.mark.parametrize("tags", ["plain", "LINEAR", "SIGMOID", "voi_lut"])
 def test_monochrome_1_and_2_of_one_picture_give_identical_bytes(bits, kind, tags):
     from pydicom.dataset import Dataset
 
     top = 2**bits - 1
-    low = -(2 ** (bits - 1)) if kind == "i2" else 0
+    low = -(2 ** (bits - 1)) if kind[0] == "i" else 0
     pixels = np.random.default_rng(bits).integers(low, low + top + 1, (24, 40))
     # Every table is symmetric, so that it means the same to a picture and to its negative.
     given = {}
@@ -2299,7 +2311,7 @@ def test_padding_of_dicom_is_black_and_the_rest_is_stretched_by_itself(window, p
         (True, -2000, -2000, ""),
     ):
         tags = dict(PixelPaddingValue=first, PixelPaddingRangeLimit=last, BitsStored=16)
-        for ending in ("", ".1", ".4.70"):
+        for ending in ("", ".1", ".4.90", ".4.70"):
             scene_dicom(path, signed, photometric, window, fill, ending, **tags)
             assert np.array_equal(dp.read_xray(path), right), (signed, fill, ending)
     ds = pydicom.dcmread(path)
@@ -2321,10 +2333,11 @@ def test_modality_then_voi_then_inversion_by_hand():
     tags = dict(RescaleSlope=2, RescaleIntercept=100, WindowCenter=2100.5, WindowWidth=2001)
     for photometric, expected in (
         ("MONOCHROME2", [0, 0, 128, 255]),
-        ("MONOCHROME1", [255, 255, 128, 0]),
+        ("MONOCHROME1", [0, 0, 128, 255]),
     ):
         path = save_dicom(pixels, "a.dcm", 12, photometric=photometric, **tags)
         assert np.abs(np.subtract(dp.read_xray(path)[0, ::4], expected, dtype=int)).max() <= 1
+        tags |= dict(RescaleSlope=-2, RescaleIntercept=4100)  # the same, the other way round
 
 
 def test_truncated_files_are_rejected_and_never_half_black():
@@ -2876,8 +2889,10 @@ def test_a_folder_without_meta_is_refused():
     assert prepared("data/demo")[3]["images"] == 9
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on():
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(monkeypatch):
     raw_folder("raw")
+    write("raw/images/a.png", "no picture")
+    monkeypatch.setattr(dp, "BATCH", 4)  # the third of four does not fit
     args = "folder --raw raw --size 64 --workers 1 --out"
     with full_disk(40_000):
         assert "File too large" in prep_refused(args, "out")
@@ -3104,12 +3119,13 @@ def test_names_in_another_form_are_found_where_they_mean_one_file():
 
 def test_boxes_beside_the_table_of_a_folder_are_scaled():
     raw_folder("raw", n=4, size=64)
+    save(phantom(1, 64)[:32], "raw/images/i001.png")
     args = "folder --raw raw --csv labels.csv --size 32 --out out"
     header = "image,finding,x,y,width,height,reader"
     write("raw/boxes.csv", header, "i001.png,F,10,20,30,40,R1", "i003.png,F,0,0,64,64,R2")
     prep(args)
     boxes = pd.read_csv("out/boxes.csv")
-    expected = [["i001.png", "F", 5, 10, 15, 20], ["i003.png", "F", 0, 0, 32, 32]]
+    expected = [["i001.png", "F", 5, 20, 15, 12], ["i003.png", "F", 0, 0, 32, 32]]
     assert boxes.values.tolist() == expected and list(boxes) == dp.BOX
     for row in ("i009.png,F,1,2,3,4,R", "i001.png,F,1,2,,4,R"):
         write("raw/boxes.csv", header, row)
@@ -3817,6 +3833,7 @@ def test_verify_finds_a_changed_byte_and_changed_splits():
 
     for name, change, message in (
         ("images.npy", flip, "not what was prepared; changed pictures: ['i007.png']"),
+        ("images.npy", lambda data: data + b"x", "not what was prepared"),
         ("labels.csv", lambda text: text.replace(b",test,", b",val,"), "other splits"),
         ("labels.csv", lambda text: text[: text.rstrip().rindex(b"\n") + 1], "39 rows"),
         ("meta.json", lambda text: b"", "Expecting value"),
