@@ -813,8 +813,8 @@ def rle_decode(text, rows, columns):
 # ================================================================================================
 # 4. The prepared folder
 # ================================================================================================
-# Bytes before the pixels of a .npy file; images written at a time, and given to a worker at a time.
-HEADER, BATCH, CHUNK = 128, 64, 4
+# Bytes before the pixels of a .npy file; images written at a time.
+HEADER, BATCH = 128, 64
 
 
 def file_digest(path, kind="sha256"):
@@ -874,7 +874,7 @@ def usable_cores():
     """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return os.cpu_count()
 
 
 def _start_worker():
@@ -890,7 +890,7 @@ def _worker_pool(workers):
     main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
     try:
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
-            yield functools.partial(pool.map, chunksize=CHUNK)
+            yield functools.partial(pool.map, chunksize=4)
     finally:
         sys.modules["__main__"] = main
 
@@ -1173,7 +1173,7 @@ def list_rsna(raw=None, patients=None, allow_missing=False):
     by patient, unless `patients`, a table `image,patient`, says who is who.
     """
     csv = Path(raw, "stage_2_train_labels.csv")
-    names = {"patientId": "image", **dict(zip(EDGES, EDGES, strict=True)), "Target": "Pneumonia"}
+    names = {"patientId": "image", "Target": "Pneumonia", **{edge: edge for edge in EDGES}}
     rows = read_table(csv, names, EDGES).drop_duplicates().assign(finding="Pneumonia")
     edges = rows[EDGES].notna().sum(axis=1)
     fits = (rows["Pneumonia"] == edges.map({0: "0", 4: "1"})).all()
@@ -1193,9 +1193,8 @@ def list_siim(raw=None, patients=None, allow_missing=False):
     csv = [Path(raw, "train-rle.csv"), *Path(raw).glob("stage_2_train.csv")][-1]
     rows = read_table(csv, ["ImageId", "EncodedPixels"]).drop_duplicates()
     texts = rows.groupby("ImageId", sort=False)["EncodedPixels"].agg(tuple)
-    for name, row in texts.items():
-        sound = row == ("-1",) or not {"", "-1"} & set(row)
-        require(sound, f"{csv}: image ['{name}'] has a blank, or both -1 and a region")
+    odd = [name for name, row in texts.items() if row != ("-1",) and {"", "-1"} & set(row)]
+    require(not odd, f"{csv}: image {odd[:1]} has a blank, or both -1 and a region")
     masks = [tuple(t for t in row if t != "-1") for row in texts]
     table = pd.DataFrame({"image": texts.index, "Pneumothorax": [int(bool(m)) for m in masks]})
     table, lists = add_patients(table, [csv], patients)
@@ -1421,7 +1420,8 @@ def parse(argv):
 def prepare(command, out, size, workers, overwrite, download=False, **given):
     """Runs one preparing command; `given`: the arguments of its importer."""
     out = Path(out or f"data/{command}")
-    require(MIN_SIDE <= (size or 256) <= 4096, f"--size {size}: expected 16 to 4096")
+    sound = MIN_SIDE <= (size or 256) <= 4096 and workers > 0 and given.get("count", 1) > 0
+    require(sound, "expected --size from 16 to 4096, --workers and --count from 1")
     options = dict(given, command=command, size=size)
     options.pop("allow_missing", None)
     if out.exists() and not overwrite:
