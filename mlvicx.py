@@ -189,8 +189,8 @@ class ExportConfig:
     drop_context: bool = False  # write the backbone without its inline blocks all the same
 
 
-# Defaults that suit a dataset better, by command and name of its folder; the demo has few images and
-# steps, hence large steps (trust) and mild views. A flag that is given wins.
+# Defaults that suit a dataset better, by command and name of its folder; the demo has few images
+# and steps, hence large steps (trust) and mild views. A flag that is given wins.
 PRESETS = {
     ("pretrain", "demo"): {
         "size": 64,
@@ -237,7 +237,7 @@ def make_config(command, cls, given):
         if isinstance(value, (int, float, tuple)):
             numbers = np.ravel(value)  # one number becomes a list
             low, high = LIMITS.get(name, (0, sys.float_info.max))
-            distinct = 0 < len(numbers) == len(set(numbers))  # and there is one
+            distinct = 0 < len(numbers) == len(set(numbers))  # not empty, none twice
             whole = name != "levels" or numbers.dtype == int
             valid = distinct and whole and all((numbers >= low) & (numbers <= high))
             flag = "--" + name.replace("_", "-")
@@ -266,8 +266,8 @@ class ChannelAttention(nn.Module):
         self.expand = nn.Conv2d(channels // 2, channels, 1, bias=False)
 
     def forward(self, x):
-        # A sum has a faster backward pass than a mean. `amax` would split the gradient between equal
-        # values; the pool and `max` do not: the pool is faster on a CPU, `max` on CUDA.
+        # A sum has a faster backward pass than a mean. `amax` would split the gradient between
+        # equal values; the pool and `max` do not: the pool is faster on a CPU, `max` on CUDA.
         positions = x.shape[2] * x.shape[3]
         average = x.sum((2, 3)) / positions  # (B, C, H, W) -> (B, C)
         if x.is_cuda:
@@ -359,7 +359,7 @@ class Encoder(nn.Module):
             self.context[str(level)] = ContextBottleneck(self.channels[level - 1], attention)
 
     def features(self, x):
-        """(B, 3, H, W) -> the last map (B, C5, H / 32, W / 32), and five maps, refined where a block is."""
+        """(B, 3, H, W) -> last map (B, C5, H / 32, W / 32); five maps, refined by their blocks."""
         if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 32:
             raise ValueError(f"expected (B, 1 or 3, >=32, >=32), got {tuple(x.shape)}")
         x = F.relu(self.bn1(self.conv1(x.expand(-1, 3, -1, -1))), inplace=True)
@@ -544,7 +544,7 @@ class MLVICX(nn.Module):
         return h, self.local_head.pool(chosen)
 
     def forward(self, view1, view2):
-        # One pass for each view: BatchNorm sees the statistics of a single view. The maps are pooled
+        # One pass for each view: BatchNorm sees the statistics of a single view. Maps are pooled
         # immediately, so that those of view 1 need not be kept while view 2 is encoded. `project`
         # takes both views through a projector, faster than one after the other.
         h1, pooled1 = self.represent(view1)
@@ -932,9 +932,9 @@ class RandomViews:
     """Two random views of every image: VICReg's recipe, in which they differ, on gray images.
 
     In this order: rotation; crop, flip and antialiased bicubic resize, which are one pair of small
-    matrices, rows @ image @ columns.T; brightness and contrast (probability 0.8, in random order); blur (23
-    taps; always on view 1, with probability 0.1 on view 2); solarize (view 2). Parameters are drawn
-    for each image on the CPU, so that they depend on the generator alone.
+    matrices, rows @ image @ columns.T; brightness and contrast (probability 0.8, in random order);
+    blur (23 taps; always on view 1, with probability 0.1 on view 2); solarize (view 2). Parameters
+    are drawn for each image on the CPU, so that they depend on the generator alone.
 
     Args: size: side of the views. crop_min: smallest fraction of the area. flip, solarize:
         probabilities. jitter: strength, at most 1. blur: largest sigma in pixels (smallest 0.1).
@@ -1162,20 +1162,25 @@ def run_settings(config, data, **chosen):
     return json.loads(json.dumps(settings))  # tuples become lists, as in config.json
 
 
+@contextlib.contextmanager
 def open_run(folder, settings, overwrite=False):
-    """Makes or reopens a run folder, whose config.json says which run it holds.
+    """Makes or reopens a run folder, and locks it against a second process until the block ends.
 
-    Returns: the lock that keeps a second process out, a file to close at the end. Raises: UserError
-    if the folder is in use, or holds another run, or files that are not of a run.
+    Raises: UserError if it is in use, or holds another run, or files that are not of a run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")
-    try:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder} is in use by another process; give another --out") from None
+    with open(folder / "lock", "w") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another process; give another --out") from None
+        claim_folder(folder, settings, overwrite)
+        yield
 
+
+def claim_folder(folder, settings, overwrite):
+    """Makes sure that a run folder holds this run, or nothing of a run: config.json says which."""
     record = folder / "config.json"
     own = [path for pattern in OWN_FILES.split() for path in folder.glob(pattern)]
     if not record.exists():
@@ -1191,7 +1196,6 @@ def open_run(folder, settings, overwrite=False):
         text = f"{folder} holds a run with {name} = {found.get(name)}, now {value}"
         advice = "give --overwrite to start again, or another --out"
         require(found.get(name) == value, f"{text}; {advice}")
-    return lock
 
 
 # ---- device and processes
@@ -1524,8 +1528,8 @@ VALIDATION_IMAGES = 512  # at most; the covariance term depends on the number of
 def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_weights):
     """One update of the weights from two views of a batch.
 
-    Args: model: MLVICX, or its DistributedDataParallel. view1, view2: (B, 3, H, W). lr: learning rate of this
-        step, a number or a tensor. loss_weights: of `mlvicx_loss`.
+    Args: model: MLVICX, or its DistributedDataParallel. view1, view2: (B, 3, H, W). lr: learning
+        rate of this step, a number or a tensor. loss_weights: of `mlvicx_loss`.
     Returns: what is logged: a dict of scalar tensors on the device.
     """
     # Forward pass: embeddings of both views, from all processes.
@@ -2024,6 +2028,7 @@ def dice_metrics(counts, weights=None):
     total, has_mask = predicted + true, true > 0
     every = np.ones(len(counts))
     dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)  # of each image
+    # In the order of DICE_NAMES.
     parts = [dice, dice * has_mask, 2 * both, ~has_mask, both]
     wholes = [every, has_mask, total, every, total - both]
     with np.errstate(invalid="ignore"):
@@ -2286,7 +2291,8 @@ def classify(config):
 
     def run_unit(encoder, source, rows, seed):
         if encoder.arch["context"] == "side":  # blocks that do not touch h, which is used alone
-            encoder.context, encoder.arch["context"] = nn.ModuleDict(), "none"
+            encoder.context = nn.ModuleDict()
+            encoder.arch["context"] = "none"
         model = Classifier(encoder, len(names)).to(device)
         if config.mode == "frozen":
             if source not in features:
@@ -2408,7 +2414,8 @@ def predict_files(config):
         table[str(path)] = logits[0].sigmoid().tolist()
     require(table, f"none of {len(paths)} files could be read; PNG, JPEG and DICOM can")
     frame = pd.DataFrame.from_dict(table, "index", columns=state["findings"])
-    frame = frame.loc[:, state.get("learned", slice(None))]  # findings that have a classifier
+    # Only findings that have a classifier; files of an earlier version do not say which.
+    frame = frame.loc[:, state.get("learned", slice(None))]
     with replacing(config.out) as f:
         frame.to_csv(f, index_label="image", errors="surrogateescape")
     print(f"written: {config.out} ({len(table)} of {len(paths)} images)")
