@@ -25,6 +25,7 @@ form. `# Deviation:` marks each difference from the authors' code; RESULTS.md li
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -52,11 +53,6 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, two processes on one run folder go unnoticed
-    fcntl = None
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LEVELS = (1, 2, 3, 4, 5)  # 1: the stem; 2 to 5: layer1 to layer4 of the ResNet
@@ -80,10 +76,7 @@ def require(condition, message):
 
 def parse_numbers(text):
     """A list of numbers on the command line: "0.01,0.1,1" -> (0.01, 0.1, 1)."""
-    numbers = tuple(json.loads(f"[{text}]"))
-    if not all(isinstance(number, (int, float)) for number in numbers):
-        raise ValueError(text)
-    return numbers
+    return tuple(json.loads(f"[{text}]"))
 
 
 @dataclass(frozen=True)
@@ -208,6 +201,7 @@ PRESETS = {
     ("classify", "demo"): {"size": 64, "epochs": 20, "patience": 5},
     ("segment", "demo"): {"size": 128, "epochs": 20, "patience": 5},
 }
+KINDS = {"levels": "i", "labels": "if"}  # of numbers: integers, floats; all others as they come
 # Smallest and largest value of numbers; those that are not listed must not be negative.
 LIMITS = {
     "size": (32, 4096),
@@ -234,12 +228,12 @@ def make_config(command, cls, given):
     preset = PRESETS.get((command, dataset), {})
     config = cls(**dict(preset, **given))
     for name, value in asdict(config).items():
-        if isinstance(value, (int, float, tuple)):
+        if not isinstance(value, (str, list)):
             numbers = np.ravel(value)  # one number becomes a list
             low, high = LIMITS.get(name, (0, sys.float_info.max))
-            distinct = 0 < len(numbers) == len(set(numbers))  # not empty, none twice
-            whole = name != "levels" or numbers.dtype == int
-            valid = distinct and whole and all((numbers >= low) & (numbers <= high))
+            kinds = KINDS.get(name, "bif")
+            valid = numbers.dtype.kind in kinds and 0 < len(numbers) == len(set(numbers))
+            valid = valid and all((numbers >= low) & (numbers <= high))
             flag = "--" + name.replace("_", "-")
             require(valid, f"{flag}: expected distinct numbers, {low:g} to {high:g}, found {value}")
     return config
@@ -518,7 +512,7 @@ class MLVICX(nn.Module):
         with context "none" and final_bn False, this is VICReg. levels: levels whose maps feed that
         head. encoder: backbone, context, attention of Encoder.
     Input: view1, view2 (B, 3, H, W).
-    Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second is None without
+    Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second is () without
         the multi-level head.
     Needs: Encoder, GlobalProjector, LocalProjector, project.
     """
@@ -536,10 +530,10 @@ class MLVICX(nn.Module):
             self.local_head = LocalProjector(channels, embedding_dim, final_bn)
 
     def represent(self, view):
-        """What the two projectors take: h (B, C5), and all maps pooled to one vector (or None)."""
+        """What the two projectors take: h (B, C5), and all maps pooled to one vector (or ())."""
         h, maps = self.encoder(view)
         if self.local_head is None:
-            return h, None
+            return h, ()
         chosen = [maps[level - 1] for level in self.levels]
         return h, self.local_head.pool(chosen)
 
@@ -551,7 +545,7 @@ class MLVICX(nn.Module):
         h2, pooled2 = self.represent(view2)
         z_global = project(self.global_head.mlp, h1, h2)
         if self.local_head is None:
-            return z_global, None
+            return z_global, ()
         z_local = project(self.local_head.mlp, pooled1, pooled2)
         return z_global, z_local
 
@@ -647,10 +641,10 @@ def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, covarianc
     return total, {"invariance": invariance, "variance": variance, "covariance": redundancy}
 
 
-def mlvicx_loss(z_global, z_local=None, local_weight=1.0, **coefficients):
+def mlvicx_loss(z_global, z_local=(), local_weight=1.0, **coefficients):
     """L = L_G + lambda * L_L.
 
-    Args: z_global: the pair of (B, D) global embeddings. z_local: the multi-level pair, or None.
+    Args: z_global: the pair of (B, D) global embeddings. z_local: the multi-level pair, or ().
         local_weight: lambda. coefficients: of `vicreg_loss`.
     Returns: the loss, and a dict of detached scalars: "loss", "loss_global", "loss_local" and every
         part as "global_invariance", ...
@@ -661,7 +655,7 @@ def mlvicx_loss(z_global, z_local=None, local_weight=1.0, **coefficients):
     log["loss_global"] = loss_global.detach()
     total = loss_global
 
-    if z_local is not None:
+    if len(z_local) > 0:
         loss_local, parts = vicreg_loss(*z_local, **coefficients)  # L_L
         for name, value in parts.items():
             log[f"local_{name}"] = value.detach()
@@ -708,7 +702,7 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, layer by layer, to the norm of the weights.
 
     Args: params: parameters, or groups of them; those of one dimension get neither weight decay
-        nor scaling. lr: a number, or a tensor (in a CUDA graph). trust: the step of a layer over
+        nor scaling. trust: the step of a layer over
         the norm of its weights, at lr 1 and without momentum.
     Source: LARS (arXiv:1708.03888); authors' code (weight decay 1e-6).
     """
@@ -1044,6 +1038,7 @@ CHECKPOINT_FORMAT = 2
 # What commands write into a run folder (unit: one encoder, seed and label fraction); --overwrite
 # removes these files and no others.
 OWN_FILES = "metrics.csv last.pt previous.pt encoder.pt results.json classifier.pt unit-*.npy"
+RESUMES = "the same command resumes there, without --overwrite"
 STOPPED = "stopped; checkpoints are kept; lower --lr or use --amp off"
 
 
@@ -1116,23 +1111,21 @@ def resume(folder, parts):
     Returns: the state, see `save_training`.
     Raises: UserError if all checkpoints are damaged, or of an earlier version.
     """
-    problems = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if not path.exists():
-            continue
+    there = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+    for path in there:
         try:
             found = load_checkpoint(path)
         except UserError as e:
-            problems.append(str(e))
+            print(e)
             continue
         text = f"{path} is of an earlier version of this program; --overwrite starts again"
         require(found.get("format") == CHECKPOINT_FORMAT, text)
         for name, part in parts.items():
             part.load_state_dict(found[name])
         if processes()[0] == 0:
-            print(f"{folder}: resumes at step {found['step']} of {path.name}", *problems)
+            print(f"{folder}: resumes at step {found['step']} of {path.name}")
         return {name: found[name] for name in ("step", "history", "logs")}
-    require(not problems, f"{problems}; give --overwrite to start again")
+    require(not there, f"{folder}: all checkpoints are damaged; give --overwrite to start again")
     return {"step": 0, "history": [], "logs": []}
 
 
@@ -1149,12 +1142,9 @@ def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def run_settings(config, data, **chosen):
-    """What decides the outcome of a run, and must not change when it is resumed, as plain values.
-
-    Args: chosen: what settings such as "auto" have become.
-    """
-    settings = dict(asdict(config), **chosen, data_sha256=data.sha256())
+def run_settings(config, data, **more):
+    """What decides the outcome of a run, and must not change when it is resumed: plain values."""
+    settings = dict(asdict(config), **more, data_sha256=data.sha256())
     for name in ("out", "overwrite", "device", "data_root", "checkpoint_minutes"):
         settings.pop(name, None)
     if settings.get("exclude_ids"):
@@ -1162,25 +1152,12 @@ def run_settings(config, data, **chosen):
     return json.loads(json.dumps(settings))  # tuples become lists, as in config.json
 
 
-@contextlib.contextmanager
 def open_run(folder, settings, overwrite=False):
-    """Makes or reopens a run folder, and locks it against a second process until the block ends.
+    """Makes a run folder, or opens one that holds the same run: its config.json says which.
 
-    Raises: UserError if it is in use, or holds another run, or files that are not of a run.
+    Raises: UserError if it holds another run, or files that are not of a run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another process; give another --out") from None
-        claim_folder(folder, settings, overwrite)
-        yield
-
-
-def claim_folder(folder, settings, overwrite):
-    """Makes sure that a run folder holds this run, or nothing of a run: config.json says which."""
     record = folder / "config.json"
     own = [path for pattern in OWN_FILES.split() for path in folder.glob(pattern)]
     if not record.exists():
@@ -1258,10 +1235,10 @@ def resolve_amp(device, amp):
     return "fp16"
 
 
-def autocast(device, amp):
+def autocast(device, amp, **options):
     """The autocast context of `--amp`."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_amp(device, amp))
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, **options)
 
 
 def wait_for_all():
@@ -1299,27 +1276,20 @@ def auroc(scores, labels, weights=None):
 
     Ties count half. Scores 1, 2, 3 with labels 0, 1, 0: the positive case is above one of the two
     negative ones, so the area is 0.5.
-    Args:
-        scores: (n,) array, NaN where there is none. labels: (n,) array of 0, 1, NaN (unknown).
-            Cases with a NaN are left out.
-        weights: (n,) or (R, n) array, how often each case counts.
+    Args: scores: (n,) array, NaN where there is none. labels: (n,) array of 0, 1, NaN (unknown).
+        Cases with a NaN are left out. weights: (n,) or (R, n), how often each case counts.
     Returns: a number, or R of them; NaN if one class is missing.
     """
-    scores, labels = np.asarray(scores), np.asarray(labels)
+    scores, labels = np.asarray(scores, np.float32), np.asarray(labels)
     if weights is None:
         weights = np.ones(len(labels))
-    order = np.argsort(scores)
-    order = order[np.isfinite(labels[order] + scores[order])]
-    scores, labels, weights = scores[order], labels[order], weights[..., order]
-
-    # Positive and negative cases at each distinct score, in ascending order.
-    _, starts = np.unique(scores, return_index=True)
-    positive = np.add.reduceat(weights * labels, starts, -1)
-    negative = np.add.reduceat(weights * (1 - labels), starts, -1)
-    negative_below = np.cumsum(negative, -1) - negative
-    won = (positive * (negative_below + negative / 2)).sum(-1)
+    positive, negative = ((labels == k) & np.isfinite(scores) for k in (1, 0))
+    # 1 for each pair in which the positive case scores higher, 0.5 where both are equal.
+    higher = np.heaviside(scores[positive, None] - scores[negative], np.float32(0.5))  # (P, N)
+    p, n = (np.asarray(weights[..., case], np.float32) for case in (positive, negative))
+    won = ((p @ higher) * n).sum(-1, dtype=float)
     with np.errstate(invalid="ignore"):  # 0 / 0 = NaN: one class is missing
-        return won / (positive.sum(-1) * negative.sum(-1))
+        return won / (p.sum(-1, dtype=float) * n.sum(-1, dtype=float))
 
 
 def finding_aurocs(scores, labels, weights=None):
@@ -1373,17 +1343,21 @@ def knn_scores(train, labels, test, k=20):
     return labels[nearest].nanmean(1).nan_to_num(0.5)  # (m, k, F) -> (m, F)
 
 
-def knn_auroc(encoder, data, size, amp="auto", seed=0):
-    """Mean k-NN AUROC on validation labels, from at most 2,000 images of each split."""
+def knn_auroc(config, encoder, data):
+    """Mean k-NN AUROC on validation labels, from at most 2,000 images of each split, as a dict.
+
+    It is empty for a dataset without labels, or without one of the splits.
+    """
     features, labels = [], []
     for split in ("train", "val"):
         rows = data.indices(split)
         if not data.findings or not len(rows):
-            return math.nan
-        rows = rows[torch.randperm(len(rows), generator=generator(seed, "knn"))[:2000]]
-        features.append(predict(encoder, data.images, rows, size, amp))
+            return {}
+        rows = rows[torch.randperm(len(rows), generator=generator(config.seed, "knn"))[:2000]]
+        features.append(predict(encoder, data.images, rows, config.size, config.amp))
         labels.append(data.labels[rows])
-    return mean_auroc(knn_scores(features[0], labels[0], features[1]), labels[1])
+    scores = knn_scores(features[0], labels[0], features[1])
+    return {"knn_auroc": float(mean_auroc(scores, labels[1]))}
 
 
 def effective_rank(z):
@@ -1484,16 +1458,6 @@ def load_batches(steps, data, rows, views, config, device):
     return prefetch(load, steps)
 
 
-def imagenet_state(backbone):
-    """torchvision's ImageNet weights of a ResNet, without the classifier; needs network once."""
-    weights = torchvision.models.get_model_weights(backbone).DEFAULT
-    try:
-        state = weights.get_state_dict(progress=False)
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"no ImageNet weights for {backbone} ({e}); use random ones") from e
-    return {name: state[name] for name in state if not name.startswith("fc.")}
-
-
 def build_model(config):
     """The model of a pre-training configuration, initialised from its seed alone."""
     torch.manual_seed(config.seed)
@@ -1503,8 +1467,8 @@ def build_model(config):
     except ValueError as e:
         raise UserError(str(e)) from e
     if config.init == "imagenet":
-        # Not strict: these weights have no context-bottlenecks.
-        model.encoder.load_state_dict(imagenet_state(config.backbone), strict=False)
+        pretrained, _ = load_encoder("imagenet", backbone=config.backbone)
+        model.encoder.load_state_dict(pretrained.state_dict(), strict=False)  # it has no blocks
     return model
 
 
@@ -1512,8 +1476,7 @@ def build_parts(config, device):
     """Model, optimiser (whose lr `train_step` sets) and scaler of a pre-training, by name."""
     model = build_model(config).to(device, memory_format=torch.channels_last)
     optimizer = LARS(model.parameters(), **select(config, "weight_decay", "trust"))
-    enabled = resolve_amp(device, config.amp) == "fp16"
-    scaler = torch.amp.GradScaler(device.type, enabled=enabled)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     return {"model": model, "optimizer": optimizer, "scaler": scaler}
 
 
@@ -1529,15 +1492,14 @@ def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_wei
     """One update of the weights from two views of a batch.
 
     Args: model: MLVICX, or its DistributedDataParallel. view1, view2: (B, 3, H, W). lr: learning
-        rate of this step, a number or a tensor. loss_weights: of `mlvicx_loss`.
+        rate of this step. loss_weights: of `mlvicx_loss`.
     Returns: what is logged: a dict of scalar tensors on the device.
     """
     # Forward pass: embeddings of both views, from all processes.
     with autocast(view1.device, amp):
         z_global, z_local = model(view1, view2)
     z_global = [gather(z) for z in z_global]
-    if z_local is not None:
-        z_local = [gather(z) for z in z_local]
+    z_local = [gather(z) for z in z_local]
     loss, log = mlvicx_loss(z_global, z_local, **loss_weights)
 
     # Backward pass. In float16 the loss is scaled up, so that small gradients do not become zero.
@@ -1555,114 +1517,42 @@ def train_step(model, optimizer, scaler, view1, view2, lr, amp="off", **loss_wei
     return log
 
 
-class GraphedStep:
-    """A training step as a CUDA graph: recorded once, then replayed with other inputs.
+def record_graphs(model, batch_size, size, amp):
+    """Records forward and backward pass of a model as CUDA graphs; its calls then replay them.
 
-    A step launches thousands of kernels, for which Python needs longer than the GPU does; a replay
-    is one launch. Steps 1 to 3 run as they are. Before step 4 a step is recorded (which executes
-    nothing) and compared: its replay must change weights and momenta as a step does. If so, all
-    later steps are replays; if not, a line says so, and the steps go on as they are.
-    Args: step: function (images, params, lr) -> dict of scalar tensors. model, optimizer: what the
-        step changes.
+    A pass launches thousands of kernels, for which Python needs longer than the GPU does; a replay
+    is one launch. It computes the same, and is taken in train mode alone.
+    Args: model: MLVICX on a GPU, in train mode. batch_size, size: of all views to come.
     """
-
-    WARM_UP = 3  # steps, in which cuDNN chooses its algorithms and the optimiser makes its state
-    TOLERANCE = 0.05  # of the norm of the change
-
-    def __init__(self, step, model, optimizer):
-        self.step, self.model, self.optimizer = step, model, optimizer
-        self.taken, self.inputs, self.graph, self.log = 0, None, None, None
-
-    def __call__(self, images, params, lr):
-        # A graph reads its inputs where they were when it was recorded: they are copied there.
-        if self.inputs is None:
-            device = next(self.model.parameters()).device
-            static = {name: torch.empty_like(v, device=device) for name, v in params.items()}
-            static_images = torch.empty_like(images, device=device)
-            self.inputs = (static_images, static, torch.zeros((), device=device))
-        static_images, static_params, static_lr = self.inputs
-        static_images.copy_(images, non_blocking=True)
-        for name, value in params.items():
-            static_params[name].copy_(value, non_blocking=True)
-        static_lr.fill_(lr)
-
-        if self.taken == self.WARM_UP:
-            self.record()
-        self.taken += 1
-        if self.graph is None:
-            return self.step(*self.inputs)
-        self.graph.replay()
-        # Copies: the next replay writes into the same tensors.
-        return dict(zip(self.log, torch.stack(list(self.log.values())), strict=True))
-
-    @torch.no_grad()
-    def record(self):
-        """Records a step, and compares its replay with a step from the same weights."""
-        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
-        compared = [*self.model.parameters(), *momenta]
-        tensors = [*compared, *self.model.buffers()]
-        before = [tensor.clone() for tensor in tensors]
-        graph = torch.cuda.CUDAGraph()
-        try:  # thread_local: the thread that loads batches may pin memory meanwhile
-            with torch.enable_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.log = self.step(*self.inputs)
-        except RuntimeError as e:
-            print(f"the step cannot be recorded as a CUDA graph: {e}")
-            return
-
-        changes = []
-        for run in (graph.replay, lambda: self.step(*self.inputs)):
-            with torch.enable_grad():
-                run()
-            change = [(a - b).flatten() for a, b in zip(compared, before, strict=False)]
-            changes.append(torch.cat(change))
-            torch._foreach_copy_(tensors, before)  # as if nothing had been run
-        replayed, expected = changes
-        error = float((replayed - expected).norm() / expected.norm())
-        if error < self.TOLERANCE:
-            self.graph = graph
-        else:
-            print(f"the CUDA graph differs from a step by {error:.2g}: it is not used")
+    before = copy.deepcopy(model.state_dict())
+    view = normalise(torch.rand(batch_size, size, size, device=next(model.parameters()).device))
+    try:
+        with autocast(view.device, amp, cache_enabled=False):
+            torch.cuda.make_graphed_callables(model, (view, view.clone()))
+    except RuntimeError as e:
+        print(f"no CUDA graph, so that steps are slower: {e}")
+    model.load_state_dict(before)  # recording runs the model: BatchNorm has seen the noise
 
 
-def for_training(model, device, compile=False):
-    """The model as the training step calls it: compiled, and in step with other processes.
+def for_training(config, model, device):
+    """The model as the training step calls it: compiled, in step with other processes, or recorded.
 
     SyncBatchNorm replaces BatchNorm in the model, if it is on several GPUs.
     """
-    if compile:  # the blocks, whose passes over the maps are then few
+    torch.backends.cudnn.benchmark = not config.deterministic  # all batches are equally large
+    if config.compile:  # the blocks, whose passes over the maps are then few
         for block in model.encoder.context.values():
             block.compile(dynamic=False)
+    cuda = device.type == "cuda"
     if not dist.is_initialized():
+        if cuda and config.graph and not config.deterministic:
+            record_graphs(model, config.batch_size, config.size, config.amp)
         return model
-    synchronised = device.type == "cuda"
-    if synchronised:  # on a CPU, every process has the statistics of its own part of the batch
+    if cuda:  # on a CPU, every process has the statistics of its own part of the batch
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(
-        model, broadcast_buffers=not synchronised, gradient_as_bucket_view=True
+        model, broadcast_buffers=not cuda, gradient_as_bucket_view=True
     )
-
-
-def prepare_step(config, parts, views, device):
-    """The training step of a run: a function of images, view parameters and learning rate.
-
-    It works in step with other processes, on compiled blocks and as a CUDA graph, where the
-    configuration and the device say so.
-    """
-    model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
-    amp, weights = resolve_amp(device, config.amp), select(config, *LOSS_WEIGHTS)
-    called = for_training(model, device, config.compile)
-    torch.backends.cudnn.benchmark = not config.deterministic  # all batches are equally large
-
-    def step(images, params, lr):
-        view1, view2 = views(images.to(device, non_blocking=True), params=params)
-        return train_step(called, optimizer, scaler, view1, view2, lr, amp, **weights)
-
-    # A graph needs CUDA and one process; the scaler of float16 reads numbers during a step.
-    eager = config.deterministic or dist.is_initialized() or amp == "fp16" or device.type != "cuda"
-    if config.graph and not eager:
-        return GraphedStep(step, model, optimizer)
-    return step
 
 
 def read_logs(pending, step, scaler):
@@ -1683,26 +1573,25 @@ def read_logs(pending, step, scaler):
 
 
 @torch.no_grad()
-def validation_metrics(model, data, rows, views, seed=0, amp="off", **loss_weights):
+def validation_metrics(config, model, data, rows, views):
     """Loss of validation images on fixed views; standard deviation and rank of both embeddings.
 
     The images are embedded in chunks, but the loss is computed once, over all of them.
     Returns: dict of floats for metrics.csv; empty with fewer than two images.
     """
-    rows = rows[:VALIDATION_IMAGES]
+    rows, chunks = rows[:VALIDATION_IMAGES], []
     if len(rows) < 2:
         return {}
     device = next(model.parameters()).device
     model.eval()
-    chunks = []
     for i, chunk in enumerate(rows.split(64)):
-        view1, view2 = views(data.images[chunk].to(device), generator(seed, "val", i))
-        with autocast(device, amp):
+        view1, view2 = views(data.images[chunk].to(device), generator(config.seed, "val", i))
+        with autocast(device, config.amp):
             z_global, z_local = model(view1, view2)
-        chunks.append(torch.stack([*z_global, *(z_local or ())]).float())  # (2 or 4, chunk, D)
+        chunks.append(torch.stack([*z_global, *z_local]).float())  # (2 or 4, chunk, D)
 
     pairs = torch.cat(chunks, 1).split(2)  # (2 or 4, n, D) -> the global pair, the local pair
-    _, log = mlvicx_loss(*pairs, **loss_weights)
+    _, log = mlvicx_loss(*pairs, **select(config, *LOSS_WEIGHTS))
     row = {f"val_{name}": float(value) for name, value in log.items()}
     require(math.isfinite(row["val_loss"]), f"val_loss is {row['val_loss']}; {STOPPED}")
     for head, (z1, _) in zip(("global", "local"), pairs, strict=False):
@@ -1722,12 +1611,9 @@ def finish_epoch(config, parts, state, seconds, data, val_rows, views, folder):
     row["lr"] = float(parts["optimizer"].param_groups[0]["lr"])  # of the last step
     logs = pd.DataFrame(state["logs"]).replace(math.inf, math.nan)  # inf: a step of fp16, skipped
     row.update(logs.mean().to_dict())
-    common, weights = select(config, "amp", "seed"), select(config, *LOSS_WEIGHTS)
-    row.update(validation_metrics(model, data, val_rows, views, **common, **weights))
+    row.update(validation_metrics(config, model, data, val_rows, views))
     if config.knn_every and (epoch % config.knn_every == 0 or epoch == config.epochs):
-        score = knn_auroc(model.encoder, data, config.size, **common)
-        if not math.isnan(score):  # NaN: a dataset without labels
-            row["knn_auroc"] = float(score)
+        row.update(knn_auroc(config, model.encoder, data))
     model.train()
 
     state["history"].append(row)
@@ -1751,82 +1637,80 @@ def finish_epoch(config, parts, state, seconds, data, val_rows, views, folder):
         tqdm.write(warning)
 
 
-@contextlib.contextmanager
-def open_training(config, data, device, images):
-    """Opens the run folder of a pre-training, in the first process for all; yields its path."""
-    folder, lock = Path(config.out or f"runs/{data.folder.name}"), contextlib.nullcontext()
-    chosen = {"images": images, "batch_size": config.batch_size}
-    chosen["amp"] = resolve_amp(device, config.amp)
-    first = processes()[0] == 0
-    if first:
-        lock = open_run(folder, run_settings(config, data, **chosen), config.overwrite)
-    with lock:
-        wait_for_all()  # until the folder is there
-        if first:
-            print(f"{folder}: {chosen}", flush=True)
-        yield folder
-        wait_for_all()  # torchrun ends all processes when one ends; the first may still write
+def open_training(config, data, images, parts):
+    """Makes or opens the run folder of a pre-training, and resumes what it holds.
+
+    Args: images: how many are trained on. parts: see `save_training`.
+    Returns: the path of the folder, and the state.
+    """
+    folder = Path(config.out or f"runs/{data.folder.name}")
+    if processes()[0] == 0:
+        open_run(folder, run_settings(config, data, images=images), config.overwrite)
+        about = dict(select(config, "batch_size", "amp"), images=images)
+        print(f"{folder}: {about}", flush=True)
+    wait_for_all()  # until the folder is there
+    return folder, resume(folder, parts)
 
 
 def pretrain(config):
     """Trains an encoder without labels; writes metrics.csv, last.pt and encoder.pt.
 
-    Args: config: PretrainConfig. A run folder whose run was stopped is resumed. Returns: the run
-    folder. Raises: UserError; KeyboardInterrupt after a stop signal. Source: authors' code.
+    A run that was stopped is resumed. Args: config: PretrainConfig. Returns: the run folder.
+    Raises: UserError; KeyboardInterrupt after a stop signal. Source: authors' code.
     """
     # Data. torchrun starts a process for each GPU; the first one (rank 0) writes the files.
-    device = setup(config.device, config.deterministic)
-    rank, _ = processes()
+    device, first = setup(config.device, config.deterministic), processes()[0] == 0
     draw_demo(config)
     wait_for_all()
     data = PreparedData(config.data, config.data_root)
     rows, val_rows = pretraining_rows(data, config.exclude_ids, config.include_val)
     batch_size = choose_batch_size(config.batch_size, len(rows), device)
-    config = replace(config, batch_size=batch_size)
+    config = replace(config, batch_size=batch_size, amp=resolve_amp(device, config.amp))
     views = RandomViews(**select(config, *VIEW_SETTINGS))
     epoch_steps = len(rows) // batch_size  # a remainder is left out, other images each epoch
     total_steps, warmup_steps = config.epochs * epoch_steps, config.warmup_epochs * epoch_steps
 
     # Model, optimiser and run folder.
-    parts = build_parts(config, device)
-    step = prepare_step(config, parts, views, device)
-    opened = open_training(config, data, device, len(rows))
-    with stop_signals() as signals, opened as folder:
-        state = resume(folder, parts)
+    parts, weights = build_parts(config, device), select(config, *LOSS_WEIGHTS)
+    model, optimizer, scaler = parts.values()
+    model = for_training(config, model, device)
+    folder, state = open_training(config, data, len(rows), parts)
+    with stop_signals() as signals:
         pending, first_step, saved, started = [], state["step"], time.monotonic(), time.monotonic()
         steps = range(first_step, total_steps)
-        steps = tqdm(steps, initial=first_step, total=total_steps, disable=rank > 0 or None)
+        steps = tqdm(steps, initial=first_step, total=total_steps, disable=not first or None)
         for i, images, params in load_batches(steps, data, rows, views, config, device):
-            # One step: two views of every image, and one update of the weights (`train_step`).
+            # One step: two views of every image, and one update of the weights.
             lr = cosine_schedule(i, total_steps, warmup_steps, config.lr * batch_size / 256)
-            pending.append(step(images, params, lr))
+            pair = views(images.to(device, non_blocking=True), params=params)
+            pending.append(train_step(model, optimizer, scaler, *pair, lr, config.amp, **weights))
             state["step"] = i + 1
 
             # The rest waits for the GPU, and for other processes, which get here at the same steps.
             epoch_ends = state["step"] % epoch_steps == 0
             if device.type == "cuda" and not epoch_ends and state["step"] % READ_EVERY > 0:
                 continue
-            state["logs"] += read_logs(pending, state["step"], parts["scaler"])
+            state["logs"] += read_logs(pending, state["step"], scaler)
             pending = []
             stopped = any_process(bool(signals), device)  # Ctrl-C or SIGTERM
 
             # End of an epoch: evaluate, write, report.
-            if epoch_ends:
+            if epoch_ends and first:
                 seconds = (time.monotonic() - started) / (state["step"] - first_step)
-                if rank == 0:
-                    finish_epoch(config, parts, state, seconds, data, val_rows, views, folder)
+                finish_epoch(config, parts, state, seconds, data, val_rows, views, folder)
+            if epoch_ends:
                 state["logs"] = []
 
             # Checkpoint: now and then, at the end, and before the run stops.
             due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-            if rank == 0 and (due or stopped or state["step"] == total_steps):
+            if first and (due or stopped or state["step"] == total_steps):
                 save_training(folder, parts, state)
                 saved = time.monotonic()
             if stopped:
                 break
+    wait_for_all()  # torchrun ends all processes when one ends; the first may still write
     if signals or state["step"] < total_steps:
-        again = "the same command resumes there, without --overwrite"
-        raise KeyboardInterrupt(f"stopped at step {state['step']}; {again}")
+        raise KeyboardInterrupt(f"stopped at step {state['step']}; {RESUMES}")
     return folder
 
 
@@ -1866,7 +1750,11 @@ def load_encoder(weights, seed=0, backbone="resnet18", context="side", attention
         return Encoder(backbone, context, attention), {}
     if weights == "imagenet":  # without blocks: random inline ones would spoil its features
         encoder = Encoder(backbone, "none")
-        encoder.load_state_dict(imagenet_state(backbone))
+        try:  # torchvision downloads them once
+            resnet = torchvision.models.get_model(backbone, weights="DEFAULT")
+        except (OSError, RuntimeError) as e:
+            raise UserError(f"no ImageNet weights for {backbone} ({e}); use random ones") from e
+        encoder.load_state_dict(resnet.state_dict(), strict=False)  # all but its classifier
         return encoder, {}
     return load_module(weights, "encoder")
 
@@ -2152,6 +2040,7 @@ def run_units(config, data, device, folder, run_unit):
         apart and `rows` are the training rows whose labels may be used.
     Returns: label fraction -> list of arrays, in the order of weights and seeds.
     """
+    open_run(folder, run_settings(config, data), config.overwrite)
     results = {fraction: [] for fraction in config.labels}
     for index, weights in enumerate(config.weights.split(",")):
         for seed in range(config.seed, config.seed + config.seeds):
@@ -2181,20 +2070,17 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
     Args:
         runs: an array for each. patients: (n,). metric: (run, weights (..., n)) -> (..., M)
             numbers, where the weights say how often each image counts. encoders: how many there
-            are; `runs` has those of the first, then of the second, ... repeats: draws, in fifties.
+            are; `runs` has those of the first, then of the second, ... repeats: R, draws.
     Returns: M dicts {"mean", "std", "ci95"}; None where undefined.
     """
-    # Every draw takes as many patients as there are, with replacement; fifty draws at a time.
+    # Every draw takes as many patients as there are, with replacement.
     names, member = np.unique(patients.astype(str), return_inverse=True)
-    rng, draws = np.random.default_rng(0), []
-    for _ in range(repeats // 50):
-        drawn = rng.integers(0, len(names), (50, len(names)))
-        times = np.array([np.bincount(row, minlength=len(names)) for row in drawn])
-        weights = times[:, member]  # (50, n), how often each image counts
-        draws.append(np.mean([metric(run, weights) for run in runs], axis=0))  # (50, M)
-    low, high = pd.DataFrame(np.concatenate(draws)).quantile([0.025, 0.975]).to_numpy()
-
-    values = np.array([metric(run, np.ones(len(member))) for run in runs])  # (R, M)
+    drawn = np.random.default_rng(0).integers(0, len(names), (repeats, len(names)))
+    times = np.array([np.bincount(row, minlength=len(names)) for row in drawn])
+    weights = np.vstack([np.ones(len(member)), times[:, member]])  # (1 + R, n), first as they are
+    found = np.array([metric(run, weights) for run in runs])  # (runs, 1 + R, M)
+    low, high = pd.DataFrame(found[:, 1:].mean(0)).quantile([0.025, 0.975]).to_numpy()
+    values = found[:, 0]
     groups = encoders if encoders > 1 else len(runs)  # of one encoder, every run by itself
     std = pd.DataFrame(values.reshape(groups, -1, values.shape[1]).mean(1)).std()  # NaN of one
     table = np.array([values.mean(0), std, low, high]).T.astype(object)  # (M, 4)
@@ -2220,15 +2106,14 @@ def write_results(folder, task, config, data, val, tests):
 
     table = pd.DataFrame()
     for fraction, test in tests.items():
-        found = test
+        shown = test
         if task == "classify":
-            found = {"mean AUROC": test["mean_auroc"]}
-            found.update({name: row["auroc"] for name, row in test["per_finding"].items()})
-        for name, value in found.items():
+            shown = {name: row["auroc"] for name, row in test["per_finding"].items()}
+            shown = {"mean AUROC": test["mean_auroc"], **shown}
+        for name, value in shown.items():
             text = "undefined"
             if value["mean"] is not None:
-                low, high = value["ci95"]
-                text = f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
+                text = "{:.3f} [{:.3f}, {:.3f}]".format(value["mean"], *value["ci95"])
             table.loc[name, f"{100 * fraction:g} % of the labels"] = text
     print(f"\n{config.weights}, {config.mode}: mean and 95 % interval on the test images;")
     print(f"epoch, strength and threshold are chosen on all {len(val)} validation images")
@@ -2315,12 +2200,11 @@ def classify(config):
         save_checkpoint(folder / "classifier.pt", classifier=model.state_dict(), **about)
         return scores.masked_fill(~learned, math.nan).numpy()
 
-    with open_run(folder, run_settings(config, data), config.overwrite):
-        y, patients, tests = labels[test].numpy(), data.patient[test.numpy()], {}
-        encoders = len(config.weights.split(","))
-        for fraction, runs in run_units(config, data, device, folder, run_unit).items():
-            tests[fraction] = classification_results(runs, y, patients, names, encoders)
-        return write_results(folder, "classify", config, data, val, tests)
+    y, patients, tests = labels[test].numpy(), data.patient[test.numpy()], {}
+    encoders = len(config.weights.split(","))
+    for fraction, runs in run_units(config, data, device, folder, run_unit).items():
+        tests[fraction] = classification_results(runs, y, patients, names, encoders)
+    return write_results(folder, "classify", config, data, val, tests)
 
 
 # ---- segmentation
@@ -2354,12 +2238,12 @@ def segment(config):
         logits = predict(model, data.images, test, config.size, config.amp)
         return segmentation_counts(logits, data.masks[test], thresholds[np.argmax(dices)])
 
-    with open_run(folder, run_settings(config, data), config.overwrite):
-        encoders, tests = len(config.weights.split(",")), {}
-        for fraction, runs in run_units(config, data, device, folder, run_unit).items():
-            found = interval(runs, data.patient[test.numpy()], dice_metrics, encoders)
-            tests[fraction] = dict(zip(DICE_NAMES, found, strict=True))
-        return write_results(folder, "segment", config, data, val, tests)
+    patients, tests = data.patient[test.numpy()], {}
+    encoders = len(config.weights.split(","))
+    for fraction, runs in run_units(config, data, device, folder, run_unit).items():
+        found = interval(runs, patients, dice_metrics, encoders)
+        tests[fraction] = dict(zip(DICE_NAMES, found, strict=True))
+    return write_results(folder, "segment", config, data, val, tests)
 
 
 # ---- heatmaps

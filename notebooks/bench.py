@@ -251,27 +251,27 @@ def steps(config, device):
 
 def whole_step(config, batch, device, name):
     """A step of `pretrain` on images of noise, as a call without arguments."""
-    given = dict(TRAINING[name], data="nih", size=config.size, embedding_dim=config.embedding_dim)
+    given = dict(TRAINING[name], data="nih", batch_size=batch)
+    given.update(size=config.size, embedding_dim=config.embedding_dim)
     settings = m.make_config("pretrain", m.PretrainConfig, given)
     amp, weights = m.resolve_amp(device, "auto"), m.select(settings, *m.LOSS_WEIGHTS)
     with device:  # the weights are drawn where they are used
         model = m.build_model(settings).to(memory_format=torch.channels_last)
-    called = m.for_training(model, device, compile=settings.compile)
+    called = m.for_training(settings, model, device)
     optimizer = m.LARS(model.parameters())
     scaler, views = torch.amp.GradScaler(device.type, enabled=False), m.RandomViews(config.size)
     images = torch.randint(256, (batch, 256, 256)).byte()
     params = views.draw(batch, 256, m.generator("bench"))
 
-    def step(images, params, lr):
-        pair = views(images.to(device, non_blocking=True), params=params)
-        return m.train_step(called, optimizer, scaler, *pair, lr, amp, **weights)
-
     if device.type == "cuda":
         images = images.pin_memory()
         params = {key: value.pin_memory() for key, value in params.items()}
-        if settings.graph:
-            return functools.partial(m.GraphedStep(step, model, optimizer), images, params, 0.1)
-    return functools.partial(step, images, params, 0.1)
+
+    def step():
+        pair = views(images.to(device, non_blocking=True), params=params)
+        return m.train_step(called, optimizer, scaler, *pair, 0.1, amp, **weights)
+
+    return step
 
 
 def captured(call):
