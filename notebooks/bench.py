@@ -395,6 +395,7 @@ class Operators(TorchDispatchMode):
 
     count, blocking = 0, ()
     LOOKS = "detach view _unsafe_view unsqueeze squeeze select expand transpose permute lift_fresh"
+    LOOKS += " t slice split unbind"
     BLOCKS = "_local_scalar_dense nonzero masked_select lift_fresh"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
