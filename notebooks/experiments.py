@@ -1,15 +1,18 @@
 """The study on real X-rays, its tables and their analysis; and the run of notebooks 04 and 05.
 
     python notebooks/experiments.py nih         # pre-trainings and evaluations, for a GPU
+    python notebooks/experiments.py nih-pack    # gathers the results of a study that was stopped
     python notebooks/experiments.py nih-tables  # what they found, as tables, with the analysis
     python notebooks/experiments.py nih-part    # makes the set nih128 from a prepared data/nih
 
 The study reads sets under data/, prepared at 96 px: `nih128`, 9,998 images of NIH ChestX-ray14 (all
 of patients 1336 to 3923 but eight images), which `nih-part` makes from data/nih (`python
 data_prep.py nih --size 96`), with patients split as in results/nih_split.json; `rsna256`, 1,008
-images of RSNA; `kermany`; and `shenzhen`, with its lung masks. Each method is pre-trained with several
-seeds, in parallel processes (--workers; set OMP_NUM_THREADS=1 for more of them than cores). Each
-stage is written as it ends and is not run again, so that a study that was stopped resumes.
+images of RSNA; `kermany`; and `shenzhen`, with its lung masks; and `nihbox256` at 224 px, with the
+boxes of radiologists. Each method is pre-trained with several seeds, in parallel processes
+(--workers; set OMP_NUM_THREADS=1 for more of them than cores). Each stage is written as it ends and
+is not run again, so that a study that was stopped resumes. A stage that fails is reported, and the
+others go on.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,8 +34,7 @@ import mlvicx as m
 
 RESULTS = HERE / "results"
 # The recipe for a small budget, and what each method changes of it; None: nothing is pre-trained.
-# The trust coefficients were chosen on validation images in the pilot, after 10 epochs. An
-# ablation is one more line here.
+# The trust coefficients were chosen on validation images in the pilot, after 10 epochs.
 RECIPE = {"batch_size": 256, "lr": 0.2, "trust": 0.04, "crop_min": 0.3, "blur": 0.5}
 METHODS = {
     "random": None,
@@ -41,6 +44,13 @@ METHODS = {
     "inline": {"context": "inline"},
     "side": {"context": "side"},
 }
+ABLATIONS = {  # of side, frozen on NIH alone
+    "side, level 5 alone": {"context": "side", "levels": (5,)},
+    "side, no last BatchNorm": {"context": "side", "final_bn": False},
+    "side, crop 0.08": {"context": "side", "crop_min": 0.08},
+    "side, crop 0.6": {"context": "side", "crop_min": 0.6},
+}
+SETTINGS = {**METHODS, **ABLATIONS}
 SCRATCH, PIXELS = "from scratch", "16 x 16 pixels"
 SHARES = (0.01, 0.1, 0.3, 1)
 SETS = {  # prepared folder -> findings
@@ -49,14 +59,7 @@ SETS = {  # prepared folder -> findings
     "kermany": ["Bacterial", "Viral"],
     "shenzhen": ["Tuberculosis"],
 }
-# Fine-tuning, and a decoder of lungs on a frozen encoder: set, label fraction, images in a step.
-TUNED = [
-    ("nih128", 1, 256),
-    ("nih128", 0.1, 64),
-    ("rsna256", 1, 64),
-    ("rsna256", 0.1, 16),
-]
-TUNED += [("lungs", 1, 32), ("lungs", 0.1, 16)]
+POINTED = ("side", "VICReg, last BatchNorm", SCRATCH)  # heatmaps, of seed 0
 FINE = ("Nodule", "Mass", "Pneumothorax", "Fibrosis")
 COARSE = ("Cardiomegaly", "Effusion", "Edema", "Consolidation")
 RARE = ("Hernia", "Edema", "Pneumonia")
@@ -73,27 +76,30 @@ def slug(*words):
     return "-".join(str(word).replace(",", "").replace(" ", "-") for word in words)
 
 
-def judged_set(options, name):
-    """A prepared set, and the findings that are evaluated on it."""
+def read_set(options, name):
+    """A prepared set, with those of its findings that are evaluated."""
     data = m.PreparedData(name, options.data_root)
-    return data, SETS[name] or data.findings
+    chosen = SETS[name] or data.findings
+    data.labels = data.labels[:, [data.findings.index(finding) for finding in chosen]]
+    data.findings = chosen
+    return data
 
 
 def weights_of(options, method, seed):
     """The encoder of a method: a file of `pretrain`, or random weights."""
-    if method == SCRATCH or METHODS[method] is None:
+    if SETTINGS.get(method) is None:  # from scratch, too
         return "random"
     return str(options.runs / "encoders" / slug(method, seed) / "encoder.pt")
 
 
 def pretrain(options, method, seed):
     """Pre-trains on the unlabelled training images; keeps the curve."""
-    if METHODS[method] is None:
+    if SETTINGS[method] is None:
         return {}, {}
     out = Path(weights_of(options, method, seed)).parent
     images = int((m.PreparedData("nih128", options.data_root).split == "train").sum())
     given = dict(RECIPE, epochs=options.epochs, size=options.size, knn_every=0)
-    given.update(METHODS[method], embedding_dim=options.embedding_dim)
+    given.update(SETTINGS[method], embedding_dim=options.embedding_dim)
     given.update(batch_size=min(RECIPE["batch_size"], images))
     config = dict(given, data="nih128", data_root=options.data_root, out=str(out), seed=seed)
     config.update(checkpoint_minutes=1000, overwrite=True)
@@ -106,8 +112,7 @@ def pretrain(options, method, seed):
 
 def on_device(model):
     """A model on the GPU, if there is one, in eval mode."""
-    name = "cuda" if m.torch.cuda.is_available() else "cpu"
-    return model.to(name, memory_format=m.torch.channels_last).eval()
+    return model.to(m.setup(), memory_format=m.torch.channels_last).eval()
 
 
 @m.torch.no_grad()
@@ -131,31 +136,26 @@ def score_key(row):
     return "|".join([*words, f"{row['labels']:g}", str(row["subset"])])
 
 
-def add_row(rows, ranks, data, names, scores, **about):
+def add_row(rows, ranks, data, scores, **about):
     """Adds a row with the mean test AUROC, and the ranks of the test images.
 
     AUROC and average precision depend on the order of the scores alone, so that ranks are enough
     to compute them again. Args: scores: of the test images, (n, F). about: the cell.
     """
-    y = data.labels[data.indices("test")][:, [data.findings.index(name) for name in names]]
-    row = {
-        "set": data.meta["name"],
-        **about,
-        "test": float(m.finding_aurocs(scores, y)[0]),
-    }
+    test = float(m.mean_auroc(scores, data.labels[data.indices("test")]))
+    row = {"set": data.meta["name"], **about, "test": test}
     rows.append(row)
     if not row["features"].startswith("level"):
         orders = [np.unique(column, return_inverse=True)[1] for column in np.asarray(scores).T]
         ranks[score_key(row)] = np.array(orders, np.uint16).T
 
 
-def probe(data, names, feature, x, rows, ranks):
+def probe(data, feature, x, rows, ranks):
     """Adds the rows of a linear probe on the features x (N, C).
 
     Below all labels there are three subsets of them; one for a level alone.
     """
-    y = data.labels[:, [data.findings.index(name) for name in names]]
-    val, test = data.indices("val"), data.indices("test")
+    y, val, test = data.labels, data.indices("val"), data.indices("test")
     for share in SHARES:
         if feature != "h" and share not in (0.1, 1):
             continue
@@ -165,13 +165,9 @@ def probe(data, names, feature, x, rows, ranks):
         for subset in range(repeats):
             chosen = m.label_subset(data, share, subset)
             weight, bias = m.linear_probe(x[chosen], y[chosen], x[val], y[val])
-            about = {
-                "mode": "frozen",
-                "features": feature,
-                "labels": share,
-                "subset": subset,
-            }
-            add_row(rows, ranks, data, names, m.F.linear(x[test], weight, bias), **about)
+            about = {"mode": "frozen", "features": feature, "labels": share, "subset": subset}
+            about["val"] = float(m.mean_auroc(m.F.linear(x[val], weight, bias), y[val]))
+            add_row(rows, ranks, data, m.F.linear(x[test], weight, bias), **about)
 
 
 def frozen(options, method, seed):
@@ -180,16 +176,18 @@ def frozen(options, method, seed):
     weights = weights_of(options, method, seed)
     encoder = on_device(m.load_encoder(weights, seed, context="none")[0])
     for name in SETS:
-        data, findings = judged_set(options, name)
+        data = read_set(options, name)
         features = pooled_features(encoder, data, options.size)
+        if method in ABLATIONS:
+            probe(data, "h", features["h"], rows, ranks)
+            break  # after NIH
         if method == "side":  # also without the blocks, which refine the maps alone
             blocks, encoder.context = encoder.context, m.nn.ModuleDict()
-            features["plain, all levels"] = pooled_features(encoder, data, options.size)[
-                "all levels"
-            ]
+            plain = pooled_features(encoder, data, options.size)
+            features["plain, all levels"] = plain["all levels"]
             encoder.context = blocks
         for feature, x in features.items():
-            probe(data, findings, feature, x, rows, ranks)
+            probe(data, feature, x, rows, ranks)
     return {"rows": rows}, ranks
 
 
@@ -199,96 +197,166 @@ def pixels(options, method, seed):
 
     rows, ranks = [], {}
     for name in SETS:
-        data, findings = judged_set(options, name)
-        x = m.resize_images(data.images, 16).flatten(1).numpy()
+        data = read_set(options, name)
+        x, y = m.resize_images(data.images, 16).flatten(1).numpy(), data.labels.numpy()
         val, test = data.indices("val"), data.indices("test")
         for share, subset in [(1, 0)] + [(share, k) for share in SHARES[:3] for k in range(3)]:
-            chosen, scores = m.label_subset(data, share, subset).numpy(), []
-            for finding in findings:
-                y = data.labels[:, data.findings.index(finding)].numpy()
-                fits = [Ridge(alpha).fit(x[chosen], y[chosen]) for alpha in np.logspace(-2, 4, 7)]
-                best = max(fits, key=lambda fit: m.auroc(fit.predict(x[val]), y[val]))
-                scores.append(best.predict(x[test]))
-            about = {
-                "mode": "frozen",
-                "features": "h",
-                "labels": share,
-                "subset": subset,
-            }
-            add_row(rows, ranks, data, findings, np.transpose(scores), **about)
+            chosen = m.label_subset(data, share, subset).numpy()
+            fits = [Ridge(alpha).fit(x[chosen], y[chosen]) for alpha in np.logspace(-2, 4, 7)]
+            aurocs = [
+                m.mean_auroc(fit.predict(x[val]).reshape(len(val), -1), y[val]) for fit in fits
+            ]
+            scores = fits[int(np.argmax(aurocs))].predict(x[test]).reshape(len(test), -1)
+            about = {"mode": "frozen", "features": "h", "labels": share, "subset": subset}
+            add_row(rows, ranks, data, scores, **about, val=max(aurocs))
     return {"rows": rows}, ranks
+
+
+class Curve(list):
+    """The mean validation AUROC of every epoch: a score for `fit` that keeps its values."""
+
+    def __call__(self, scores, y):
+        self.append(float(m.mean_auroc(scores, y)))
+        return self[-1]
+
+
+def fine_tune(options, method, seed, name, share, size):
+    """Fine-tunes an encoder and a linear layer on a set, as `classify` does.
+
+    Returns: the model, and what is known of its training.
+    """
+    data, curve = read_set(options, name), Curve()
+    rows, val = m.label_subset(data, share, seed), data.indices("val")
+
+    # The cosine cycles of the learning rate end after 10, 30 and 70 epochs. From scratch, there is
+    # one more of them, and a larger learning rate, so that the training converges.
+    recipe = {"batch_size": 16, "epochs": 30, "lr": 0.0003, "patience": 10, "size": size}
+    if len(rows) > 300:
+        recipe["batch_size"] = 64
+    if len(rows) > 2000:
+        recipe.update(batch_size=256, epochs=10)
+    if method == SCRATCH:
+        recipe.update(lr=0.001, patience=20, epochs=2 * recipe["epochs"] + 10)
+    recipe["epochs"] = min(recipe["epochs"], options.tune_epochs)
+    config = m.make_config("classify", m.ClassifyConfig, recipe)
+
+    encoder = m.load_encoder(weights_of(options, method, seed), seed, context="none")[0]
+    if encoder.arch["context"] == "side":  # blocks that do not touch h, which is used alone
+        encoder.context = m.nn.ModuleDict()
+    m.torch.manual_seed(seed)
+    model = on_device(m.Classifier(encoder, len(data.findings)))
+    given = (config, model, data.images, data.labels, rows, val, 1.0)
+    m.fit(*given, m.masked_bce, curve, (seed, "classify"))  # ends in eval mode
+    best = int(np.argmax(curve))
+    return model, {"val": curve[best], "epochs": len(curve), "best_epoch": best + 1}
 
 
 def tune(options, method, seed):
-    """Fine-tuning on NIH and RSNA; lungs by a decoder over the five maps of a frozen encoder."""
+    """Fine-tuning on all sets; lungs by a decoder over the five maps of a frozen encoder."""
     rows, ranks = [], {}
-    recipe = {"epochs": 20, "patience": 5, "lr": 0.0003}
-    if method == SCRATCH:
-        recipe = {"epochs": 40, "patience": 10, "lr": 0.001}
-    for name, share, batch in TUNED:
-        out = options.runs / "evaluations" / slug(method, seed, name, share)
-        given = {
-            "data": name,
-            "data_root": options.data_root,
-            "size": options.size,
-            "seed": seed,
-        }
-        given.update(weights=weights_of(options, method, seed), context="none", labels=(share,))
-        given.update(recipe, batch_size=batch, out=str(out), overwrite=True)
+    for share, epochs in ((0.1, 30), (1, 10)):
         about = {"mode": "finetune", "features": "h", "labels": share, "subset": seed}
-        if name == "lungs":
-            given.update(data="shenzhen", lr=0.001)
-            test = m.segment(m.make_config("segment", m.SegmentConfig, given))["test"]
-            about.update(set=name, mode="frozen", test=test["dice_pooled"]["mean"])
-            rows.append(about)
-            continue
-        given.update(mode="finetune", findings=",".join(SETS[name]))
-        m.classify(m.make_config("classify", m.ClassifyConfig, given))
-        data, findings = judged_set(options, name)
-        model = on_device(m.load_module(f"{out}/classifier.pt", "classifier")[0])
-        scores = m.predict(model, data.images, data.indices("test"), options.size)
-        add_row(rows, ranks, data, findings, scores, **about)
+        for name in SETS:
+            model, training = fine_tune(options, method, seed, name, share, options.size)
+            data = read_set(options, name)
+            scores = m.predict(model, data.images, data.indices("test"), options.size)
+            add_row(rows, ranks, data, scores, **about, **training)
+
+        if method != SCRATCH:  # which trains all of it
+            about["mode"] = "frozen"
+        given = {"data": "shenzhen", "data_root": options.data_root, "size": options.size}
+        given.update(weights=weights_of(options, method, seed), context="none", labels=(share,))
+        given.update(epochs=min(epochs, options.tune_epochs), seed=seed, mode=about["mode"])
+        given.update(out=str(options.runs / "lungs" / slug(method, seed, share)), overwrite=True)
+        test = m.segment(m.make_config("segment", m.SegmentConfig, given))["test"]
+        rows.append({"set": "lungs", **about, "test": test["dice_pooled"]["mean"]})
     return {"rows": rows}, ranks
+
+
+def box_area(boxes, scale, size):
+    """The pixels in some boxes: (size, size) of 0 and 1."""
+    area = np.zeros((size, size), int)
+    for x, y, width, height in boxes[["x", "y", "width", "height"]].to_numpy() * scale:
+        area[round(y) : round(y + height), round(x) : round(x + width)] = 1
+    return area
+
+
+def point(options, method, seed):
+    """The pointing game: whether the maximum of a heatmap lies in a box of its finding.
+
+    Beside it, two points that see no image: the centre, and the point that lies in most boxes of
+    the finding, chosen on these very boxes. Images of patients whose labels were used are left out.
+    """
+    size, points = options.point_size, []
+    model, training = fine_tune(options, method, seed, "nih128", 1, size)
+    nih, data = read_set(options, "nih128"), m.PreparedData("nihbox256", options.data_root)
+    used = np.isin(data.patient, nih.patient[np.isin(nih.split, ["train", "val"])])
+    boxes = m.pd.read_csv(data.folder / "boxes.csv")
+    boxes = boxes[~boxes["image"].isin(data.names[used])]
+    for finding, of_finding in boxes.groupby("finding"):
+        areas, hits = [], []
+        for name, of_image in of_finding.groupby("image"):
+            image = data.images[data.names == name].to(model.fc.weight.device)
+            image = m.normalise(m.resize_images(image, size))
+            peak = int(m.gradcam(model, image, nih.findings.index(finding)).argmax())
+            areas.append(box_area(of_image, size / data.size, size).ravel())
+            hits.append(int(areas[-1][peak]))
+        inside, centre = np.array(areas), (size + 1) * (size // 2)  # (n, H W), and a pixel of it
+        best = int(inside.sum(0).argmax())
+        hits_of = {method: hits, "image centre": inside[:, centre].tolist()}
+        hits_of["best fixed point"] = inside[:, best].tolist()
+        points += [{"finding": finding, "method": key, "hits": hits_of[key]} for key in hits_of]
+    return {"points": points, "left_out": int(used.sum()), **training}, {}
 
 
 # ---------------------------------------------------------------- running them
 
 
-STAGES = {"pretrain": pretrain, "frozen": frozen, "tune": tune, "pixels": pixels}
-
-
-def run_method(options, method, seed):
-    """Runs the stages of one method and seed, each unless it is there."""
-    stages = {PIXELS: ["pixels"], SCRATCH: ["tune"]}
-    for stage in stages.get(method, ["pretrain", "frozen", "tune"]):
-        name, started = slug(stage, method, seed), time.time()
+def run_method(options, method, seed, stages):
+    """Runs the stages (functions) of one method and seed, each unless it has been run."""
+    for stage in stages:
+        name, started = slug(stage.__name__, method, seed), time.time()
         path = options.runs / f"{name}.json"
-        if path.exists() or stage not in options.stages.split(","):
+        if path.exists():
             continue
-        found, ranks = STAGES[stage](options, method, seed)
+        try:
+            found, ranks = stage(options, method, seed)
+        except Exception:  # of one stage; others go on, but not without an encoder
+            print(f"{name} failed\n{traceback.format_exc()}", flush=True)
+            if stage is pretrain:
+                return
+            continue
         with m.replacing(path.with_suffix(".npz")) as f:
             np.savez_compressed(f, **ranks)
-        unit = {
-            "stage": stage,
-            "method": method,
-            "seed": seed,
-            "torch": m.torch.__version__,
-        }
-        unit.update(device="CPU", seconds=round(time.time() - started, 1), **found)
+        unit = {"stage": stage.__name__, "method": method, "seed": seed, "device": "CPU"}
+        unit.update(torch=m.torch.__version__, seconds=round(time.time() - started, 1), **found)
         if m.torch.cuda.is_available():
             unit["device"] = m.torch.cuda.get_device_name()
+            m.torch.cuda.empty_cache()  # for the other processes
         m.write_json(path, unit)
         print(f"{time.strftime('%X')} {name}: {unit['seconds']} s", flush=True)
 
 
 def study(options):
-    """Runs all methods in parallel processes, seed 0 of each first, and packs what they found."""
+    """Runs all methods in parallel processes, seed 0 of each first, and packs what they found.
+
+    The longest come first, the ablations last; each task has a process of its own.
+    """
     options.runs.mkdir(parents=True, exist_ok=True)
     tasks = []
     for seed in range(options.seeds):
-        tasks += [(options, method, seed) for method in [*METHODS, SCRATCH]]
-    with get_context("spawn").Pool(options.workers) as pool:
-        pool.starmap(run_method, [*tasks, (options, PIXELS, 0)], chunksize=1)
+        for method in [*reversed(METHODS), SCRATCH]:
+            stages = [pretrain, frozen, tune]
+            if method == SCRATCH:
+                stages = [tune]
+            if method in POINTED and seed == 0:
+                stages.append(point)
+            tasks.append((options, method, seed, stages))
+    tasks.append((options, PIXELS, 0, [pixels]))
+    for seed in range(options.ablation_seeds):
+        tasks += [(options, method, seed, [pretrain, frozen]) for method in ABLATIONS]
+    with get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
+        pool.starmap(run_method, tasks, chunksize=1)
     pack(options)
 
 
@@ -350,13 +418,13 @@ def average_precision(order, y, weights):
         return (positive * precision).sum(1) / positive.sum(1)
 
 
-def measures(data, findings, order, weights):
+def measures(data, order, weights):
     """What is reported of the test ranks (n, F) of one run: name -> (1 + R,) values."""
-    y = data.labels[data.indices("test")][:, [data.findings.index(f) for f in findings]].numpy()
+    y = data.labels[data.indices("test")].numpy()
     each = m.finding_aurocs(order, y, weights)
-    found, column = {"test": each[:, 0]}, {f: k for k, f in enumerate(findings)}
+    found, column = {"test": each[:, 0]}, {f: k for k, f in enumerate(data.findings)}
     if data.meta["name"] == "kermany":
-        found.update({f: each[:, 1 + column[f]] for f in findings})
+        found.update({f: each[:, 1 + column[f]] for f in column})
     if data.meta["name"] == "nih128":
         for group, members in (("fine", FINE), ("coarse", COARSE)):
             found[group] = each[:, [1 + column[f] for f in members]].mean(1)
@@ -371,15 +439,17 @@ def study_cells(options):
     for path in options.out.glob("scores-*.npz"):
         with np.load(path) as packed:
             ranks.update({key: packed[key] for key in packed.files})
-    sets = {name: judged_set(options, name) for name in SETS}
-    weights = {name: patient_draws(data) for name, (data, _) in sets.items()}
+    sets = {name: read_set(options, name) for name in SETS}
+    weights = {name: patient_draws(data) for name, data in sets.items()}
     for unit in json.loads((options.out / "units.json").read_text()):
         for row in unit.get("rows", []):
             run = {"test": np.array([row["test"]])}  # of a level alone, and of lungs
             key = slug(unit["stage"], unit["method"], unit["seed"]) + "|" + score_key(row)
             if key in ranks:
-                run = measures(*sets[row["set"]], ranks[key], weights[row["set"]])
+                run = measures(sets[row["set"]], ranks[key], weights[row["set"]])
                 run["test"][0] = row["test"]  # the same to five digits
+            if "val" in row:
+                run["val"] = np.array([row["val"]])
             cell = tuple({**row, **unit}[name] for name in CELL)
             cells.setdefault(cell, {}).setdefault(unit["seed"], []).append(run)
     return cells
@@ -411,14 +481,30 @@ def declared_rows(cells):
     for first, second, mode in DECLARED:
         for share in (0.1, 1):
             cell = ("nih128", mode, "h", share)
-            if (*cell, first) not in cells or (*cell, second) not in cells:
+            ours, theirs = cells.get((*cell, first), {}), cells.get((*cell, second), {})
+            both = set(ours) & set(theirs)  # the seeds of both: some may be missing
+            if not both:
                 continue
-            pairs = seed_values(cells[*cell, first]) - seed_values(cells[*cell, second])
+            pairs = seed_values({seed: ours[seed] for seed in both})
+            pairs = pairs - seed_values({seed: theirs[seed] for seed in both})
             chosen = np.random.default_rng(1).integers(0, len(pairs), pairs.shape)
             draws = np.take_along_axis(pairs, chosen, 0)[:, 1:].mean(0)
             cell = (*cell, f"{first} − {second}")
             found.append(summary_row(cell, "paired difference", pairs[:, 0], draws))
     return found
+
+
+def point_rows(units):
+    """The pointing game: hit rates, with bootstrap intervals over images."""
+    found = {}  # by cell, for the fixed points are the same in every unit
+    for unit in units:
+        for run in unit.get("points", []):
+            hits = np.array(run["hits"])
+            column = f"{run['finding']} ({len(hits)})"
+            cell = ("nihbox256", "finetune", column, 1, run["method"])
+            draws = np.random.default_rng(2).choice(hits, (1000, len(hits))).mean(1)
+            found[cell] = summary_row(cell, "pointing game", hits.mean(keepdims=True), draws)
+    return list(found.values())
 
 
 def text_of(row):
@@ -461,6 +547,7 @@ def tables(options):
             values = seed_values(runs, measure)
             summary.append(summary_row(cell, measure, values[:, 0], values[:, 1:].mean(0)))
     summary += declared_rows(cells)
+    summary += point_rows(json.loads((options.out / "units.json").read_text()))
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in summary)
     (options.out / "summary.json").write_text(f"[\n{lines}\n]\n")
     (options.out / "tables.md").write_text("\n".join(markdown(summary)) + "\n")
@@ -485,7 +572,7 @@ def notebook_run(folder, runs):
 
 def main(words):
     """Reads the command and its flags, and runs it."""
-    actions = {"nih": study, "nih-tables": tables, "nih-part": nih_part}
+    actions = {"nih": study, "nih-pack": pack, "nih-tables": tables, "nih-part": nih_part}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("command", choices=[*actions])
@@ -496,7 +583,9 @@ def main(words):
     add("--size", type=int, default=64, help="of the images, in pixels")
     add("--embedding-dim", type=int, default=4096, help="of pre-training")
     add("--seeds", type=int, default=3, help="pre-trainings of each method")
-    add("--stages", default=",".join(STAGES), help="those to run, joined by commas")
+    add("--ablation-seeds", type=int, default=2, help="pre-trainings of each ablation")
+    add("--tune-epochs", type=int, default=70, help="most epochs of fine-tuning")
+    add("--point-size", type=int, default=224, help="of the images in the pointing game")
     add("--workers", type=int, default=1, help="processes")
     options = parser.parse_args(words)
     actions[options.command](options)
