@@ -32,10 +32,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import mlvicx as m
 
-RESULTS = HERE / "results"
 # The recipe for a small budget, and what each method changes of it; None: nothing is pre-trained.
 # The trust coefficients were chosen on validation images in the pilot, after 10 epochs.
-RECIPE = {"batch_size": 256, "lr": 0.2, "trust": 0.04, "crop_min": 0.3, "blur": 0.5}
+RECIPE = {"batch_size": 256, "lr": 0.2, "trust": 0.04, "crop_min": 0.3, "blur": 0.5, "knn_every": 0}
 METHODS = {
     "random": None,
     "VICReg": {"context": "none", "local_weight": 0.0, "final_bn": False},
@@ -53,12 +52,8 @@ ABLATIONS = {  # of side, frozen on NIH alone
 SETTINGS = {**METHODS, **ABLATIONS}
 SCRATCH, PIXELS = "from scratch", "16 x 16 pixels"
 SHARES = (0.01, 0.1, 0.3, 1)
-SETS = {  # prepared folder -> findings
-    "nih128": [],  # all
-    "rsna256": ["Lung_Opacity"],
-    "kermany": ["Bacterial", "Viral"],
-    "shenzhen": ["Tuberculosis"],
-}
+SETS = {"nih128": [], "rsna256": ["Lung_Opacity"]}  # prepared folder -> findings; []: all
+SETS.update(kermany=["Bacterial", "Viral"], shenzhen=["Tuberculosis"])
 POINTED = ("side", "VICReg, last BatchNorm", SCRATCH)  # heatmaps, of seed 0
 FINE = ("Nodule", "Mass", "Pneumothorax", "Fibrosis")
 COARSE = ("Cardiomegaly", "Effusion", "Edema", "Consolidation")
@@ -97,10 +92,8 @@ def pretrain(options, method, seed):
     if SETTINGS[method] is None:
         return {}, {}
     out = Path(weights_of(options, method, seed)).parent
-    images = int((m.PreparedData("nih128", options.data_root).split == "train").sum())
-    given = dict(RECIPE, epochs=options.epochs, size=options.size, knn_every=0)
+    given = dict(RECIPE, epochs=options.epochs, size=options.size)
     given.update(SETTINGS[method], embedding_dim=options.embedding_dim)
-    given.update(batch_size=min(RECIPE["batch_size"], images))
     config = dict(given, data="nih128", data_root=options.data_root, out=str(out), seed=seed)
     config.update(checkpoint_minutes=1000, overwrite=True)
     m.pretrain(m.make_config("pretrain", m.PretrainConfig, config))
@@ -130,24 +123,17 @@ def pooled_features(encoder, data, size):
     return {name: m.torch.cat(parts) for name, parts in found.items()}
 
 
-def score_key(row):
-    """The name of a row's ranks, within its unit."""
-    words = [row[name] for name in ("set", "mode", "features")]
-    return "|".join([*words, f"{row['labels']:g}", str(row["subset"])])
-
-
 def add_row(rows, ranks, data, scores, **about):
-    """Adds a row with the mean test AUROC, and the ranks of the test images.
+    """Adds a row with the mean test AUROC, and the ranks of the test images, by number of the row.
 
     AUROC and average precision depend on the order of the scores alone, so that ranks are enough
     to compute them again. Args: scores: of the test images, (n, F). about: the cell.
     """
     test = float(m.mean_auroc(scores, data.labels[data.indices("test")]))
-    row = {"set": data.meta["name"], **about, "test": test}
-    rows.append(row)
-    if not row["features"].startswith("level"):
+    if not about["features"].startswith("level"):
         orders = [np.unique(column, return_inverse=True)[1] for column in np.asarray(scores).T]
-        ranks[score_key(row)] = np.array(orders, np.uint16).T
+        ranks[str(len(rows))] = np.array(orders, np.uint16).T
+    rows.append({"set": data.meta["name"], **about, "test": test})
 
 
 def probe(data, feature, x, rows, ranks):
@@ -173,8 +159,7 @@ def probe(data, feature, x, rows, ranks):
 def frozen(options, method, seed):
     """Linear probes on h, and on the averaged maps: all together, each alone."""
     rows, ranks = [], {}
-    weights = weights_of(options, method, seed)
-    encoder = on_device(m.load_encoder(weights, seed, context="none")[0])
+    encoder = on_device(m.load_encoder(weights_of(options, method, seed), seed, context="none")[0])
     for name in SETS:
         data = read_set(options, name)
         features = pooled_features(encoder, data, options.size)
@@ -203,10 +188,8 @@ def pixels(options, method, seed):
         for share, subset in [(1, 0)] + [(share, k) for share in SHARES[:3] for k in range(3)]:
             chosen = m.label_subset(data, share, subset).numpy()
             fits = [Ridge(alpha).fit(x[chosen], y[chosen]) for alpha in np.logspace(-2, 4, 7)]
-            aurocs = [
-                m.mean_auroc(fit.predict(x[val]).reshape(len(val), -1), y[val]) for fit in fits
-            ]
-            scores = fits[int(np.argmax(aurocs))].predict(x[test]).reshape(len(test), -1)
+            aurocs = [m.mean_auroc(np.c_[fit.predict(x[val])], y[val]) for fit in fits]
+            scores = np.c_[fits[int(np.argmax(aurocs))].predict(x[test])]
             about = {"mode": "frozen", "features": "h", "labels": share, "subset": subset}
             add_row(rows, ranks, data, scores, **about, val=max(aurocs))
     return {"rows": rows}, ranks
@@ -223,7 +206,8 @@ class Curve(list):
 def fine_tune(options, method, seed, name, share, size):
     """Fine-tunes an encoder and a linear layer on a set, as `classify` does.
 
-    Returns: the model, and what is known of its training.
+    Returns: the model, in eval mode, and of its training: the best validation AUROC, the number of
+    epochs, and the best of them.
     """
     data, curve = read_set(options, name), Curve()
     rows, val = m.label_subset(data, share, seed), data.indices("val")
@@ -237,18 +221,15 @@ def fine_tune(options, method, seed, name, share, size):
         recipe.update(batch_size=256, epochs=10)
     if method == SCRATCH:
         recipe.update(lr=0.001, patience=20, epochs=2 * recipe["epochs"] + 10)
-    recipe["epochs"] = min(recipe["epochs"], options.tune_epochs)
+    recipe["epochs"] = min(recipe["epochs"], 2 * options.epochs)
     config = m.make_config("classify", m.ClassifyConfig, recipe)
 
     encoder = m.load_encoder(weights_of(options, method, seed), seed, context="none")[0]
-    if encoder.arch["context"] == "side":  # blocks that do not touch h, which is used alone
-        encoder.context = m.nn.ModuleDict()
     m.torch.manual_seed(seed)
     model = on_device(m.Classifier(encoder, len(data.findings)))
     given = (config, model, data.images, data.labels, rows, val, 1.0)
-    m.fit(*given, m.masked_bce, curve, (seed, "classify"))  # ends in eval mode
-    best = int(np.argmax(curve))
-    return model, {"val": curve[best], "epochs": len(curve), "best_epoch": best + 1}
+    m.fit(*given, m.masked_bce, curve, (seed, "classify"))
+    return model, {"val": max(curve), "epochs": len(curve), "best": curve.index(max(curve)) + 1}
 
 
 def tune(options, method, seed):
@@ -266,19 +247,11 @@ def tune(options, method, seed):
             about["mode"] = "frozen"
         given = {"data": "shenzhen", "data_root": options.data_root, "size": options.size}
         given.update(weights=weights_of(options, method, seed), context="none", labels=(share,))
-        given.update(epochs=min(epochs, options.tune_epochs), seed=seed, mode=about["mode"])
+        given.update(epochs=min(epochs, 2 * options.epochs), seed=seed, mode=about["mode"])
         given.update(out=str(options.runs / "lungs" / slug(method, seed, share)), overwrite=True)
         test = m.segment(m.make_config("segment", m.SegmentConfig, given))["test"]
         rows.append({"set": "lungs", **about, "test": test["dice_pooled"]["mean"]})
     return {"rows": rows}, ranks
-
-
-def box_area(boxes, scale, size):
-    """The pixels in some boxes: (size, size) of 0 and 1."""
-    area = np.zeros((size, size), int)
-    for x, y, width, height in boxes[["x", "y", "width", "height"]].to_numpy() * scale:
-        area[round(y) : round(y + height), round(x) : round(x + width)] = 1
-    return area
 
 
 def point(options, method, seed):
@@ -287,7 +260,7 @@ def point(options, method, seed):
     Beside it, two points that see no image: the centre, and the point that lies in most boxes of
     the finding, chosen on these very boxes. Images of patients whose labels were used are left out.
     """
-    size, points = options.point_size, []
+    size, points = 224, {}
     model, training = fine_tune(options, method, seed, "nih128", 1, size)
     nih, data = read_set(options, "nih128"), m.PreparedData("nihbox256", options.data_root)
     used = np.isin(data.patient, nih.patient[np.isin(nih.split, ["train", "val"])])
@@ -296,16 +269,18 @@ def point(options, method, seed):
     for finding, of_finding in boxes.groupby("finding"):
         areas, hits = [], []
         for name, of_image in of_finding.groupby("image"):
+            area = np.zeros((size, size), int)
+            for x, y, width, height in of_image.loc[:, "x":].to_numpy() * size / data.size:
+                area[round(y) : round(y + height), round(x) : round(x + width)] = 1
             image = data.images[data.names == name].to(model.fc.weight.device)
             image = m.normalise(m.resize_images(image, size))
             peak = int(m.gradcam(model, image, nih.findings.index(finding)).argmax())
-            areas.append(box_area(of_image, size / data.size, size).ravel())
-            hits.append(int(areas[-1][peak]))
-        inside, centre = np.array(areas), (size + 1) * (size // 2)  # (n, H W), and a pixel of it
-        best = int(inside.sum(0).argmax())
-        hits_of = {method: hits, "image centre": inside[:, centre].tolist()}
-        hits_of["best fixed point"] = inside[:, best].tolist()
-        points += [{"finding": finding, "method": key, "hits": hits_of[key]} for key in hits_of]
+            areas.append(area.ravel())
+            hits.append(int(area.flat[peak]))
+        inside = np.array(areas)  # (n, H W)
+        best, centre = int(inside.sum(0).argmax()), (size + 1) * (size // 2)
+        points[finding] = {method: hits, "image centre": inside[:, centre].tolist()}
+        points[finding]["best fixed point"] = inside[:, best].tolist()
     return {"points": points, "left_out": int(used.sum()), **training}, {}
 
 
@@ -328,31 +303,27 @@ def run_method(options, method, seed, stages):
             continue
         with m.replacing(path.with_suffix(".npz")) as f:
             np.savez_compressed(f, **ranks)
-        unit = {"stage": stage.__name__, "method": method, "seed": seed, "device": "CPU"}
-        unit.update(torch=m.torch.__version__, seconds=round(time.time() - started, 1), **found)
-        if m.torch.cuda.is_available():
-            unit["device"] = m.torch.cuda.get_device_name()
-            m.torch.cuda.empty_cache()  # for the other processes
+        unit = {"stage": stage.__name__, "method": method, "seed": seed, **m.provenance()}
+        unit.update(seconds=round(time.time() - started, 1), **found)
         m.write_json(path, unit)
         print(f"{time.strftime('%X')} {name}: {unit['seconds']} s", flush=True)
+        m.torch.cuda.empty_cache()  # for the other processes
 
 
 def study(options):
-    """Runs all methods in parallel processes, seed 0 of each first, and packs what they found.
+    """Runs all methods in parallel processes, and packs what they found.
 
-    The longest come first, the ablations last; each task has a process of its own.
+    Seed 0 comes first, and the longest of each seed; the ablations come last. Each task has a
+    process of its own.
     """
     options.runs.mkdir(parents=True, exist_ok=True)
-    tasks = []
+    tasks = [(options, PIXELS, 0, [pixels])]
     for seed in range(options.seeds):
         for method in [*reversed(METHODS), SCRATCH]:
-            stages = [pretrain, frozen, tune]
-            if method == SCRATCH:
-                stages = [tune]
+            stages = {SCRATCH: [tune]}.get(method, [pretrain, frozen, tune])
             if method in POINTED and seed == 0:
-                stages.append(point)
+                stages = [*stages, point]
             tasks.append((options, method, seed, stages))
-    tasks.append((options, PIXELS, 0, [pixels]))
     for seed in range(options.ablation_seeds):
         tasks += [(options, method, seed, [pretrain, frozen]) for method in ABLATIONS]
     with get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
@@ -364,13 +335,11 @@ def pack(options):
     """Gathers the units in few files: units.json, a unit a line, and scores-SEED.npz."""
     options.out.mkdir(parents=True, exist_ok=True)
     units = [json.loads(path.read_text()) for path in sorted(options.runs.glob("*.json"))]
-    lines = ",\n".join(json.dumps(unit) for unit in units)
-    (options.out / "units.json").write_text(f"[\n{lines}\n]\n")
+    (options.out / "units.json").write_text("[\n" + ",\n".join(map(json.dumps, units)) + "\n]\n")
     for seed in range(options.seeds):
         ranks = {}
         for path in sorted(options.runs.glob(f"*-{seed}.npz")):
-            with np.load(path) as unit:
-                ranks.update({f"{path.stem}|{key}": unit[key] for key in unit.files})
+            ranks.update({f"{path.stem}|{key}": order for key, order in np.load(path).items()})
         np.savez_compressed(options.out / f"scores-{seed}.npz", **ranks)
 
 
@@ -381,7 +350,8 @@ def nih_part(options):
     in the splits that results/nih_split.json lists, all others in training.
     """
     data, out = m.PreparedData("nih", options.data_root), Path(options.data_root, "nih128")
-    rule, number = json.loads((RESULTS / "nih_split.json").read_text()), data.patient.astype(int)
+    rule = json.loads((HERE / "results/nih_split.json").read_text())
+    number = data.patient.astype(int)
     kept = (number >= 1336) & (number <= 3923) & ~np.isin(data.names, rule["left_out"])
     table = m.pd.read_csv(data.folder / "labels.csv", dtype={"patient": str})[kept]
     table["split"] = "train"
@@ -399,7 +369,7 @@ def nih_part(options):
 
 
 def patient_draws(data, repeats=1000):
-    """How often each test image counts when patients are drawn again: (1 + R, n), first as it is."""
+    """How often each test image counts when patients are drawn again: (1 + R, n), first once."""
     names, member = np.unique(data.patient[data.indices("test")].astype(str), return_inverse=True)
     weights = [np.ones(len(member))]
     for sample in np.random.default_rng(0).integers(0, len(names), (repeats, len(names))):
@@ -434,20 +404,18 @@ def measures(data, order, weights):
 
 
 def study_cells(options):
-    """Runs by cell: (set, mode, features, labels, method) -> {seed: a dict of measures a subset}."""
+    """Runs by cell: (set, mode, features, labels, method) -> {seed: measures of each subset}."""
     ranks, cells = {}, {}
     for path in options.out.glob("scores-*.npz"):
-        with np.load(path) as packed:
-            ranks.update({key: packed[key] for key in packed.files})
+        ranks.update(np.load(path))
     sets = {name: read_set(options, name) for name in SETS}
     weights = {name: patient_draws(data) for name, data in sets.items()}
     for unit in json.loads((options.out / "units.json").read_text()):
-        for row in unit.get("rows", []):
+        for k, row in enumerate(unit.get("rows", [])):
             run = {"test": np.array([row["test"]])}  # of a level alone, and of lungs
-            key = slug(unit["stage"], unit["method"], unit["seed"]) + "|" + score_key(row)
+            key = slug(unit["stage"], unit["method"], unit["seed"]) + f"|{k}"
             if key in ranks:
                 run = measures(sets[row["set"]], ranks[key], weights[row["set"]])
-                run["test"][0] = row["test"]  # the same to five digits
             if "val" in row:
                 run["val"] = np.array([row["val"]])
             cell = tuple({**row, **unit}[name] for name in CELL)
@@ -498,12 +466,11 @@ def point_rows(units):
     """The pointing game: hit rates, with bootstrap intervals over images."""
     found = {}  # by cell, for the fixed points are the same in every unit
     for unit in units:
-        for run in unit.get("points", []):
-            hits = np.array(run["hits"])
-            column = f"{run['finding']} ({len(hits)})"
-            cell = ("nihbox256", "finetune", column, 1, run["method"])
-            draws = np.random.default_rng(2).choice(hits, (1000, len(hits))).mean(1)
-            found[cell] = summary_row(cell, "pointing game", hits.mean(keepdims=True), draws)
+        for finding, hits_of in unit.get("points", {}).items():
+            for method, hits in hits_of.items():
+                cell = ("nihbox256", "finetune", f"{finding} ({len(hits)})", 1, method)
+                draws = np.random.default_rng(2).choice(hits, (1000, len(hits))).mean(1)
+                found[cell] = summary_row(cell, "pointing game", np.array([np.mean(hits)]), draws)
     return list(found.values())
 
 
@@ -542,10 +509,9 @@ def tables(options):
     cells, summary = study_cells(options), []
     for cell, runs in cells.items():
         for measure in runs[min(runs)][0]:
-            if measure != "test" and cell[2] != "h":
-                continue
-            values = seed_values(runs, measure)
-            summary.append(summary_row(cell, measure, values[:, 0], values[:, 1:].mean(0)))
+            if measure == "test" or cell[2] == "h":
+                values = seed_values(runs, measure)
+                summary.append(summary_row(cell, measure, values[:, 0], values[:, 1:].mean(0)))
     summary += declared_rows(cells)
     summary += point_rows(json.loads((options.out / "units.json").read_text()))
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in summary)
@@ -579,13 +545,13 @@ def main(words):
     add("--data-root", default="data", help="folder of the prepared sets")
     add("--runs", type=Path, default=Path("runs/nih"), help="folder of the runs")
     add("--out", type=Path, default=Path("runs/nih-packed"), help="folder of the results")
-    add("--epochs", type=int, default=36, help="of pre-training")
+    add(
+        "--epochs", type=int, default=36, help="of pre-training; fine-tuning: at most twice as many"
+    )
     add("--size", type=int, default=64, help="of the images, in pixels")
     add("--embedding-dim", type=int, default=4096, help="of pre-training")
     add("--seeds", type=int, default=3, help="pre-trainings of each method")
     add("--ablation-seeds", type=int, default=2, help="pre-trainings of each ablation")
-    add("--tune-epochs", type=int, default=70, help="most epochs of fine-tuning")
-    add("--point-size", type=int, default=224, help="of the images in the pointing game")
     add("--workers", type=int, default=1, help="processes")
     options = parser.parse_args(words)
     actions[options.command](options)
