@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 import time
 import traceback
@@ -257,8 +256,9 @@ def tune(options, method, seed):
 def point(options, method, seed):
     """The pointing game: whether the maximum of a heatmap lies in a box of its finding.
 
-    Beside it, two points that see no image: the centre, and the point that lies in most boxes of
-    the finding, chosen on these very boxes. Images of patients whose labels were used are left out.
+    The heatmap is that of `gradcam` before its ReLU, for a map may be negative everywhere. Beside
+    it, two points that see no image: the centre, and the point that lies in most boxes of the
+    finding, chosen on these very boxes. Images of patients whose labels were used are left out.
     """
     size, points = 224, {}
     model, training = fine_tune(options, method, seed, "nih128", 1, size)
@@ -273,10 +273,12 @@ def point(options, method, seed):
             for x, y, width, height in of_image.loc[:, "x":].to_numpy() * size / data.size:
                 area[round(y) : round(y + height), round(x) : round(x + width)] = 1
             image = data.images[data.names == name].to(model.fc.weight.device)
-            image = m.normalise(m.resize_images(image, size))
-            peak = int(m.gradcam(model, image, nih.findings.index(finding)).argmax())
+            last, _ = model.encoder.features(m.normalise(m.resize_images(image, size)))
+            weight = model.fc.weight[nih.findings.index(finding)]
+            heatmap = (weight[:, None, None] * last).sum(1, keepdim=True)
+            heatmap = m.F.interpolate(heatmap, size=(size, size), mode="bilinear")
             areas.append(area.ravel())
-            hits.append(int(area.flat[peak]))
+            hits.append(int(area.flat[int(heatmap.argmax())]))
         inside = np.array(areas)  # (n, H W)
         best, centre = int(inside.sum(0).argmax()), (size + 1) * (size // 2)
         points[finding] = {method: hits, "image centre": inside[:, centre].tolist()}
@@ -558,5 +560,4 @@ def main(words):
 
 
 if __name__ == "__main__":
-    os.chdir(HERE.parent)
     main(sys.argv[1:])
