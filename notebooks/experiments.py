@@ -1,24 +1,27 @@
 """The study on real X-rays, its tables and their analysis; and the run of notebooks 04 and 05.
 
     python notebooks/experiments.py nih         # pre-trainings and evaluations, for a GPU
+    python notebooks/experiments.py nih-pack    # gathers the results of a study that was stopped
     python notebooks/experiments.py nih-tables  # what they found, as tables, with the analysis
     python notebooks/experiments.py nih-part    # makes the set nih128 from a prepared data/nih
 
 The study reads sets under data/, prepared at 96 px: `nih128`, 9,998 images of NIH ChestX-ray14 (all
 of patients 1336 to 3923 but eight images), which `nih-part` makes from data/nih (`python
 data_prep.py nih --size 96`), with patients split as in results/nih_split.json; `rsna256`, 1,008
-images of RSNA; `kermany`; and `shenzhen`, with its lung masks. Each method is pre-trained with several
-seeds, in parallel processes (--workers; set OMP_NUM_THREADS=1 for more of them than cores). Each
-stage is written as it ends and is not run again, so that a study that was stopped resumes.
+images of RSNA; `kermany`; and `shenzhen`, with its lung masks; and `nihbox256` at 224 px, with the
+boxes of radiologists. Each method is pre-trained with several seeds, in parallel processes
+(--workers; set OMP_NUM_THREADS=1 for more of them than cores). Each stage is written as it ends and
+is not run again, so that a study that was stopped resumes. A stage that fails is reported, and the
+others go on.
 """
 
 import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 import time
+import traceback
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,11 +31,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import mlvicx as m
 
-RESULTS = HERE / "results"
 # The recipe for a small budget, and what each method changes of it; None: nothing is pre-trained.
-# The trust coefficients were chosen on validation images in the pilot, after 10 epochs. An
-# ablation is one more line here.
-RECIPE = {"batch_size": 256, "lr": 0.2, "trust": 0.04, "crop_min": 0.3, "blur": 0.5}
+# The trust coefficients were chosen on validation images in the pilot, after 10 epochs.
+RECIPE = {"batch_size": 256, "lr": 0.2, "trust": 0.04, "crop_min": 0.3, "blur": 0.5, "knn_every": 0}
 METHODS = {
     "random": None,
     "VICReg": {"context": "none", "local_weight": 0.0, "final_bn": False},
@@ -41,22 +42,18 @@ METHODS = {
     "inline": {"context": "inline"},
     "side": {"context": "side"},
 }
+ABLATIONS = {  # of side, frozen on NIH alone
+    "side, level 5 alone": {"context": "side", "levels": (5,)},
+    "side, no last BatchNorm": {"context": "side", "final_bn": False},
+    "side, crop 0.08": {"context": "side", "crop_min": 0.08},
+    "side, crop 0.6": {"context": "side", "crop_min": 0.6},
+}
+SETTINGS = {**METHODS, **ABLATIONS}
 SCRATCH, PIXELS = "from scratch", "16 x 16 pixels"
 SHARES = (0.01, 0.1, 0.3, 1)
-SETS = {  # prepared folder -> findings
-    "nih128": [],  # all
-    "rsna256": ["Lung_Opacity"],
-    "kermany": ["Bacterial", "Viral"],
-    "shenzhen": ["Tuberculosis"],
-}
-# Fine-tuning, and a decoder of lungs on a frozen encoder: set, label fraction, images in a step.
-TUNED = [
-    ("nih128", 1, 256),
-    ("nih128", 0.1, 64),
-    ("rsna256", 1, 64),
-    ("rsna256", 0.1, 16),
-]
-TUNED += [("lungs", 1, 32), ("lungs", 0.1, 16)]
+SETS = {"nih128": [], "rsna256": ["Lung_Opacity"]}  # prepared folder -> findings; []: all
+SETS.update(kermany=["Bacterial", "Viral"], shenzhen=["Tuberculosis"])
+POINTED = ("side", "VICReg, last BatchNorm", SCRATCH)  # heatmaps, of seed 0
 FINE = ("Nodule", "Mass", "Pneumothorax", "Fibrosis")
 COARSE = ("Cardiomegaly", "Effusion", "Edema", "Consolidation")
 RARE = ("Hernia", "Edema", "Pneumonia")
@@ -73,28 +70,29 @@ def slug(*words):
     return "-".join(str(word).replace(",", "").replace(" ", "-") for word in words)
 
 
-def judged_set(options, name):
-    """A prepared set, and the findings that are evaluated on it."""
+def read_set(options, name):
+    """A prepared set, with those of its findings that are evaluated."""
     data = m.PreparedData(name, options.data_root)
-    return data, SETS[name] or data.findings
+    chosen = SETS[name] or data.findings
+    data.labels = data.labels[:, [data.findings.index(finding) for finding in chosen]]
+    data.findings = chosen
+    return data
 
 
 def weights_of(options, method, seed):
     """The encoder of a method: a file of `pretrain`, or random weights."""
-    if method == SCRATCH or METHODS[method] is None:
+    if SETTINGS.get(method) is None:  # from scratch, too
         return "random"
     return str(options.runs / "encoders" / slug(method, seed) / "encoder.pt")
 
 
 def pretrain(options, method, seed):
     """Pre-trains on the unlabelled training images; keeps the curve."""
-    if METHODS[method] is None:
+    if SETTINGS[method] is None:
         return {}, {}
     out = Path(weights_of(options, method, seed)).parent
-    images = int((m.PreparedData("nih128", options.data_root).split == "train").sum())
-    given = dict(RECIPE, epochs=options.epochs, size=options.size, knn_every=0)
-    given.update(METHODS[method], embedding_dim=options.embedding_dim)
-    given.update(batch_size=min(RECIPE["batch_size"], images))
+    given = dict(RECIPE, epochs=options.epochs, size=options.size)
+    given.update(SETTINGS[method], embedding_dim=options.embedding_dim)
     config = dict(given, data="nih128", data_root=options.data_root, out=str(out), seed=seed)
     config.update(checkpoint_minutes=1000, overwrite=True)
     m.pretrain(m.make_config("pretrain", m.PretrainConfig, config))
@@ -106,8 +104,7 @@ def pretrain(options, method, seed):
 
 def on_device(model):
     """A model on the GPU, if there is one, in eval mode."""
-    name = "cuda" if m.torch.cuda.is_available() else "cpu"
-    return model.to(name, memory_format=m.torch.channels_last).eval()
+    return model.to(m.setup(), memory_format=m.torch.channels_last).eval()
 
 
 @m.torch.no_grad()
@@ -125,37 +122,25 @@ def pooled_features(encoder, data, size):
     return {name: m.torch.cat(parts) for name, parts in found.items()}
 
 
-def score_key(row):
-    """The name of a row's ranks, within its unit."""
-    words = [row[name] for name in ("set", "mode", "features")]
-    return "|".join([*words, f"{row['labels']:g}", str(row["subset"])])
-
-
-def add_row(rows, ranks, data, names, scores, **about):
-    """Adds a row with the mean test AUROC, and the ranks of the test images.
+def add_row(rows, ranks, data, scores, **about):
+    """Adds a row with the mean test AUROC, and the ranks of the test images, by number of the row.
 
     AUROC and average precision depend on the order of the scores alone, so that ranks are enough
     to compute them again. Args: scores: of the test images, (n, F). about: the cell.
     """
-    y = data.labels[data.indices("test")][:, [data.findings.index(name) for name in names]]
-    row = {
-        "set": data.meta["name"],
-        **about,
-        "test": float(m.finding_aurocs(scores, y)[0]),
-    }
-    rows.append(row)
-    if not row["features"].startswith("level"):
+    test = float(m.mean_auroc(scores, data.labels[data.indices("test")]))
+    if not about["features"].startswith("level"):
         orders = [np.unique(column, return_inverse=True)[1] for column in np.asarray(scores).T]
-        ranks[score_key(row)] = np.array(orders, np.uint16).T
+        ranks[str(len(rows))] = np.array(orders, np.uint16).T
+    rows.append({"set": data.meta["name"], **about, "test": test})
 
 
-def probe(data, names, feature, x, rows, ranks):
+def probe(data, feature, x, rows, ranks):
     """Adds the rows of a linear probe on the features x (N, C).
 
     Below all labels there are three subsets of them; one for a level alone.
     """
-    y = data.labels[:, [data.findings.index(name) for name in names]]
-    val, test = data.indices("val"), data.indices("test")
+    y, val, test = data.labels, data.indices("val"), data.indices("test")
     for share in SHARES:
         if feature != "h" and share not in (0.1, 1):
             continue
@@ -165,31 +150,28 @@ def probe(data, names, feature, x, rows, ranks):
         for subset in range(repeats):
             chosen = m.label_subset(data, share, subset)
             weight, bias = m.linear_probe(x[chosen], y[chosen], x[val], y[val])
-            about = {
-                "mode": "frozen",
-                "features": feature,
-                "labels": share,
-                "subset": subset,
-            }
-            add_row(rows, ranks, data, names, m.F.linear(x[test], weight, bias), **about)
+            about = {"mode": "frozen", "features": feature, "labels": share, "subset": subset}
+            about["val"] = float(m.mean_auroc(m.F.linear(x[val], weight, bias), y[val]))
+            add_row(rows, ranks, data, m.F.linear(x[test], weight, bias), **about)
 
 
 def frozen(options, method, seed):
     """Linear probes on h, and on the averaged maps: all together, each alone."""
     rows, ranks = [], {}
-    weights = weights_of(options, method, seed)
-    encoder = on_device(m.load_encoder(weights, seed, context="none")[0])
+    encoder = on_device(m.load_encoder(weights_of(options, method, seed), seed, context="none")[0])
     for name in SETS:
-        data, findings = judged_set(options, name)
+        data = read_set(options, name)
         features = pooled_features(encoder, data, options.size)
+        if method in ABLATIONS:
+            probe(data, "h", features["h"], rows, ranks)
+            break  # after NIH
         if method == "side":  # also without the blocks, which refine the maps alone
             blocks, encoder.context = encoder.context, m.nn.ModuleDict()
-            features["plain, all levels"] = pooled_features(encoder, data, options.size)[
-                "all levels"
-            ]
+            plain = pooled_features(encoder, data, options.size)
+            features["plain, all levels"] = plain["all levels"]
             encoder.context = blocks
         for feature, x in features.items():
-            probe(data, findings, feature, x, rows, ranks)
+            probe(data, feature, x, rows, ranks)
     return {"rows": rows}, ranks
 
 
@@ -199,96 +181,155 @@ def pixels(options, method, seed):
 
     rows, ranks = [], {}
     for name in SETS:
-        data, findings = judged_set(options, name)
-        x = m.resize_images(data.images, 16).flatten(1).numpy()
+        data = read_set(options, name)
+        x, y = m.resize_images(data.images, 16).flatten(1).numpy(), data.labels.numpy()
         val, test = data.indices("val"), data.indices("test")
         for share, subset in [(1, 0)] + [(share, k) for share in SHARES[:3] for k in range(3)]:
-            chosen, scores = m.label_subset(data, share, subset).numpy(), []
-            for finding in findings:
-                y = data.labels[:, data.findings.index(finding)].numpy()
-                fits = [Ridge(alpha).fit(x[chosen], y[chosen]) for alpha in np.logspace(-2, 4, 7)]
-                best = max(fits, key=lambda fit: m.auroc(fit.predict(x[val]), y[val]))
-                scores.append(best.predict(x[test]))
-            about = {
-                "mode": "frozen",
-                "features": "h",
-                "labels": share,
-                "subset": subset,
-            }
-            add_row(rows, ranks, data, findings, np.transpose(scores), **about)
+            chosen = m.label_subset(data, share, subset).numpy()
+            fits = [Ridge(alpha).fit(x[chosen], y[chosen]) for alpha in np.logspace(-2, 4, 7)]
+            aurocs = [m.mean_auroc(np.c_[fit.predict(x[val])], y[val]) for fit in fits]
+            scores = np.c_[fits[int(np.argmax(aurocs))].predict(x[test])]
+            about = {"mode": "frozen", "features": "h", "labels": share, "subset": subset}
+            add_row(rows, ranks, data, scores, **about, val=max(aurocs))
     return {"rows": rows}, ranks
+
+
+class Curve(list):
+    """The mean validation AUROC of every epoch: a score for `fit` that keeps its values."""
+
+    def __call__(self, scores, y):
+        self.append(float(m.mean_auroc(scores, y)))
+        return self[-1]
+
+
+def fine_tune(options, method, seed, name, share, size):
+    """Fine-tunes an encoder and a linear layer on a set, as `classify` does.
+
+    Returns: the model, in eval mode, and of its training: the best validation AUROC, the number of
+    epochs, and the best of them.
+    """
+    data, curve = read_set(options, name), Curve()
+    rows, val = m.label_subset(data, share, seed), data.indices("val")
+
+    # The cosine cycles of the learning rate end after 10, 30 and 70 epochs. From scratch, there is
+    # one more of them, and a larger learning rate, so that the training converges.
+    recipe = {"batch_size": 16, "epochs": 30, "lr": 0.0003, "patience": 10, "size": size}
+    if len(rows) > 300:
+        recipe["batch_size"] = 64
+    if len(rows) > 2000:
+        recipe.update(batch_size=256, epochs=10)
+    if method == SCRATCH:
+        recipe.update(lr=0.001, patience=20, epochs=2 * recipe["epochs"] + 10)
+    recipe["epochs"] = min(recipe["epochs"], 2 * options.epochs)
+    config = m.make_config("classify", m.ClassifyConfig, recipe)
+
+    encoder = m.load_encoder(weights_of(options, method, seed), seed, context="none")[0]
+    m.torch.manual_seed(seed)
+    model = on_device(m.Classifier(encoder, len(data.findings)))
+    given = (config, model, data.images, data.labels, rows, val, 1.0)
+    m.fit(*given, m.masked_bce, curve, (seed, "classify"))
+    return model, {"val": max(curve), "epochs": len(curve), "best": curve.index(max(curve)) + 1}
 
 
 def tune(options, method, seed):
-    """Fine-tuning on NIH and RSNA; lungs by a decoder over the five maps of a frozen encoder."""
+    """Fine-tuning on all sets; lungs by a decoder over the five maps of a frozen encoder."""
     rows, ranks = [], {}
-    recipe = {"epochs": 20, "patience": 5, "lr": 0.0003}
-    if method == SCRATCH:
-        recipe = {"epochs": 40, "patience": 10, "lr": 0.001}
-    for name, share, batch in TUNED:
-        out = options.runs / "evaluations" / slug(method, seed, name, share)
-        given = {
-            "data": name,
-            "data_root": options.data_root,
-            "size": options.size,
-            "seed": seed,
-        }
-        given.update(weights=weights_of(options, method, seed), context="none", labels=(share,))
-        given.update(recipe, batch_size=batch, out=str(out), overwrite=True)
+    for share, epochs in ((0.1, 30), (1, 10)):
         about = {"mode": "finetune", "features": "h", "labels": share, "subset": seed}
-        if name == "lungs":
-            given.update(data="shenzhen", lr=0.001)
-            test = m.segment(m.make_config("segment", m.SegmentConfig, given))["test"]
-            about.update(set=name, mode="frozen", test=test["dice_pooled"]["mean"])
-            rows.append(about)
-            continue
-        given.update(mode="finetune", findings=",".join(SETS[name]))
-        m.classify(m.make_config("classify", m.ClassifyConfig, given))
-        data, findings = judged_set(options, name)
-        model = on_device(m.load_module(f"{out}/classifier.pt", "classifier")[0])
-        scores = m.predict(model, data.images, data.indices("test"), options.size)
-        add_row(rows, ranks, data, findings, scores, **about)
+        for name in SETS:
+            model, training = fine_tune(options, method, seed, name, share, options.size)
+            data = read_set(options, name)
+            scores = m.predict(model, data.images, data.indices("test"), options.size)
+            add_row(rows, ranks, data, scores, **about, **training)
+
+        if method != SCRATCH:  # which trains all of it
+            about["mode"] = "frozen"
+        given = {"data": "shenzhen", "data_root": options.data_root, "size": options.size}
+        given.update(weights=weights_of(options, method, seed), context="none", labels=(share,))
+        given.update(epochs=min(epochs, 2 * options.epochs), seed=seed, mode=about["mode"])
+        given.update(out=str(options.runs / "lungs" / slug(method, seed, share)), overwrite=True)
+        test = m.segment(m.make_config("segment", m.SegmentConfig, given))["test"]
+        rows.append({"set": "lungs", **about, "test": test["dice_pooled"]["mean"]})
     return {"rows": rows}, ranks
+
+
+def point(options, method, seed):
+    """The pointing game: whether the maximum of a heatmap lies in a box of its finding.
+
+    The heatmap is that of `gradcam` before its ReLU, for a map may be negative everywhere. Beside
+    it, two points that see no image: the centre, and the point that lies in most boxes of the
+    finding, chosen on these very boxes. Images of patients whose labels were used are left out.
+    """
+    size, points = 224, {}
+    model, training = fine_tune(options, method, seed, "nih128", 1, size)
+    nih, data = read_set(options, "nih128"), m.PreparedData("nihbox256", options.data_root)
+    used = np.isin(data.patient, nih.patient[np.isin(nih.split, ["train", "val"])])
+    boxes = m.pd.read_csv(data.folder / "boxes.csv")
+    boxes = boxes[~boxes["image"].isin(data.names[used])]
+    for finding, of_finding in boxes.groupby("finding"):
+        areas, hits = [], []
+        for name, of_image in of_finding.groupby("image"):
+            area = np.zeros((size, size), int)
+            for x, y, width, height in of_image.loc[:, "x":].to_numpy() * size / data.size:
+                area[round(y) : round(y + height), round(x) : round(x + width)] = 1
+            image = data.images[data.names == name].to(model.fc.weight.device)
+            last, _ = model.encoder.features(m.normalise(m.resize_images(image, size)))
+            weight = model.fc.weight[nih.findings.index(finding)]
+            heatmap = (weight[:, None, None] * last).sum(1, keepdim=True)
+            heatmap = m.F.interpolate(heatmap, size=(size, size), mode="bilinear")
+            areas.append(area.ravel())
+            hits.append(int(area.flat[int(heatmap.argmax())]))
+        inside = np.array(areas)  # (n, H W)
+        best, centre = int(inside.sum(0).argmax()), (size + 1) * (size // 2)
+        points[finding] = {method: hits, "image centre": inside[:, centre].tolist()}
+        points[finding]["best fixed point"] = inside[:, best].tolist()
+    return {"points": points, "left_out": int(used.sum()), **training}, {}
 
 
 # ---------------------------------------------------------------- running them
 
 
-STAGES = {"pretrain": pretrain, "frozen": frozen, "tune": tune, "pixels": pixels}
-
-
-def run_method(options, method, seed):
-    """Runs the stages of one method and seed, each unless it is there."""
-    stages = {PIXELS: ["pixels"], SCRATCH: ["tune"]}
-    for stage in stages.get(method, ["pretrain", "frozen", "tune"]):
-        name, started = slug(stage, method, seed), time.time()
+def run_method(options, method, seed, stages):
+    """Runs the stages (functions) of one method and seed, each unless it has been run."""
+    for stage in stages:
+        name, started = slug(stage.__name__, method, seed), time.time()
         path = options.runs / f"{name}.json"
-        if path.exists() or stage not in options.stages.split(","):
+        if path.exists():
             continue
-        found, ranks = STAGES[stage](options, method, seed)
+        try:
+            found, ranks = stage(options, method, seed)
+        except Exception:  # of one stage; others go on, but not without an encoder
+            print(f"{name} failed\n{traceback.format_exc()}", flush=True)
+            if stage is pretrain:
+                return
+            continue
         with m.replacing(path.with_suffix(".npz")) as f:
             np.savez_compressed(f, **ranks)
-        unit = {
-            "stage": stage,
-            "method": method,
-            "seed": seed,
-            "torch": m.torch.__version__,
-        }
-        unit.update(device="CPU", seconds=round(time.time() - started, 1), **found)
-        if m.torch.cuda.is_available():
-            unit["device"] = m.torch.cuda.get_device_name()
+        unit = {"stage": stage.__name__, "method": method, "seed": seed, **m.provenance()}
+        unit.update(seconds=round(time.time() - started, 1), **found)
         m.write_json(path, unit)
         print(f"{time.strftime('%X')} {name}: {unit['seconds']} s", flush=True)
+        m.torch.cuda.empty_cache()  # for the other processes
 
 
 def study(options):
-    """Runs all methods in parallel processes, seed 0 of each first, and packs what they found."""
+    """Runs all methods in parallel processes, and packs what they found.
+
+    Seed 0 comes first, and the longest of each seed; the ablations come last. Each task has a
+    process of its own.
+    """
     options.runs.mkdir(parents=True, exist_ok=True)
-    tasks = []
+    tasks = [(options, PIXELS, 0, [pixels])]
     for seed in range(options.seeds):
-        tasks += [(options, method, seed) for method in [*METHODS, SCRATCH]]
-    with get_context("spawn").Pool(options.workers) as pool:
-        pool.starmap(run_method, [*tasks, (options, PIXELS, 0)], chunksize=1)
+        for method in [*reversed(METHODS), SCRATCH]:
+            stages = {SCRATCH: [tune]}.get(method, [pretrain, frozen, tune])
+            if method in POINTED and seed == 0:
+                stages = [*stages, point]
+            tasks.append((options, method, seed, stages))
+    for seed in range(options.ablation_seeds):
+        tasks += [(options, method, seed, [pretrain, frozen]) for method in ABLATIONS]
+    with get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
+        pool.starmap(run_method, tasks, chunksize=1)
     pack(options)
 
 
@@ -296,13 +337,11 @@ def pack(options):
     """Gathers the units in few files: units.json, a unit a line, and scores-SEED.npz."""
     options.out.mkdir(parents=True, exist_ok=True)
     units = [json.loads(path.read_text()) for path in sorted(options.runs.glob("*.json"))]
-    lines = ",\n".join(json.dumps(unit) for unit in units)
-    (options.out / "units.json").write_text(f"[\n{lines}\n]\n")
+    (options.out / "units.json").write_text("[\n" + ",\n".join(map(json.dumps, units)) + "\n]\n")
     for seed in range(options.seeds):
         ranks = {}
         for path in sorted(options.runs.glob(f"*-{seed}.npz")):
-            with np.load(path) as unit:
-                ranks.update({f"{path.stem}|{key}": unit[key] for key in unit.files})
+            ranks.update({f"{path.stem}|{key}": order for key, order in np.load(path).items()})
         np.savez_compressed(options.out / f"scores-{seed}.npz", **ranks)
 
 
@@ -313,7 +352,8 @@ def nih_part(options):
     in the splits that results/nih_split.json lists, all others in training.
     """
     data, out = m.PreparedData("nih", options.data_root), Path(options.data_root, "nih128")
-    rule, number = json.loads((RESULTS / "nih_split.json").read_text()), data.patient.astype(int)
+    rule = json.loads((HERE / "results/nih_split.json").read_text())
+    number = data.patient.astype(int)
     kept = (number >= 1336) & (number <= 3923) & ~np.isin(data.names, rule["left_out"])
     table = m.pd.read_csv(data.folder / "labels.csv", dtype={"patient": str})[kept]
     table["split"] = "train"
@@ -331,7 +371,7 @@ def nih_part(options):
 
 
 def patient_draws(data, repeats=1000):
-    """How often each test image counts when patients are drawn again: (1 + R, n), first as it is."""
+    """How often each test image counts when patients are drawn again: (1 + R, n), first once."""
     names, member = np.unique(data.patient[data.indices("test")].astype(str), return_inverse=True)
     weights = [np.ones(len(member))]
     for sample in np.random.default_rng(0).integers(0, len(names), (repeats, len(names))):
@@ -350,13 +390,13 @@ def average_precision(order, y, weights):
         return (positive * precision).sum(1) / positive.sum(1)
 
 
-def measures(data, findings, order, weights):
+def measures(data, order, weights):
     """What is reported of the test ranks (n, F) of one run: name -> (1 + R,) values."""
-    y = data.labels[data.indices("test")][:, [data.findings.index(f) for f in findings]].numpy()
+    y = data.labels[data.indices("test")].numpy()
     each = m.finding_aurocs(order, y, weights)
-    found, column = {"test": each[:, 0]}, {f: k for k, f in enumerate(findings)}
+    found, column = {"test": each[:, 0]}, {f: k for k, f in enumerate(data.findings)}
     if data.meta["name"] == "kermany":
-        found.update({f: each[:, 1 + column[f]] for f in findings})
+        found.update({f: each[:, 1 + column[f]] for f in column})
     if data.meta["name"] == "nih128":
         for group, members in (("fine", FINE), ("coarse", COARSE)):
             found[group] = each[:, [1 + column[f] for f in members]].mean(1)
@@ -366,20 +406,20 @@ def measures(data, findings, order, weights):
 
 
 def study_cells(options):
-    """Runs by cell: (set, mode, features, labels, method) -> {seed: a dict of measures a subset}."""
+    """Runs by cell: (set, mode, features, labels, method) -> {seed: measures of each subset}."""
     ranks, cells = {}, {}
     for path in options.out.glob("scores-*.npz"):
-        with np.load(path) as packed:
-            ranks.update({key: packed[key] for key in packed.files})
-    sets = {name: judged_set(options, name) for name in SETS}
-    weights = {name: patient_draws(data) for name, (data, _) in sets.items()}
+        ranks.update(np.load(path))
+    sets = {name: read_set(options, name) for name in SETS}
+    weights = {name: patient_draws(data) for name, data in sets.items()}
     for unit in json.loads((options.out / "units.json").read_text()):
-        for row in unit.get("rows", []):
+        for k, row in enumerate(unit.get("rows", [])):
             run = {"test": np.array([row["test"]])}  # of a level alone, and of lungs
-            key = slug(unit["stage"], unit["method"], unit["seed"]) + "|" + score_key(row)
+            key = slug(unit["stage"], unit["method"], unit["seed"]) + f"|{k}"
             if key in ranks:
-                run = measures(*sets[row["set"]], ranks[key], weights[row["set"]])
-                run["test"][0] = row["test"]  # the same to five digits
+                run = measures(sets[row["set"]], ranks[key], weights[row["set"]])
+            if "val" in row:
+                run["val"] = np.array([row["val"]])
             cell = tuple({**row, **unit}[name] for name in CELL)
             cells.setdefault(cell, {}).setdefault(unit["seed"], []).append(run)
     return cells
@@ -411,14 +451,29 @@ def declared_rows(cells):
     for first, second, mode in DECLARED:
         for share in (0.1, 1):
             cell = ("nih128", mode, "h", share)
-            if (*cell, first) not in cells or (*cell, second) not in cells:
+            ours, theirs = cells.get((*cell, first), {}), cells.get((*cell, second), {})
+            both = set(ours) & set(theirs)  # the seeds of both: some may be missing
+            if not both:
                 continue
-            pairs = seed_values(cells[*cell, first]) - seed_values(cells[*cell, second])
+            pairs = seed_values({seed: ours[seed] for seed in both})
+            pairs = pairs - seed_values({seed: theirs[seed] for seed in both})
             chosen = np.random.default_rng(1).integers(0, len(pairs), pairs.shape)
             draws = np.take_along_axis(pairs, chosen, 0)[:, 1:].mean(0)
             cell = (*cell, f"{first} − {second}")
             found.append(summary_row(cell, "paired difference", pairs[:, 0], draws))
     return found
+
+
+def point_rows(units):
+    """The pointing game: hit rates, with bootstrap intervals over images."""
+    found = {}  # by cell, for the fixed points are the same in every unit
+    for unit in units:
+        for finding, hits_of in unit.get("points", {}).items():
+            for method, hits in hits_of.items():
+                cell = ("nihbox256", "finetune", f"{finding} ({len(hits)})", 1, method)
+                draws = np.random.default_rng(2).choice(hits, (1000, len(hits))).mean(1)
+                found[cell] = summary_row(cell, "pointing game", np.array([np.mean(hits)]), draws)
+    return list(found.values())
 
 
 def text_of(row):
@@ -456,11 +511,11 @@ def tables(options):
     cells, summary = study_cells(options), []
     for cell, runs in cells.items():
         for measure in runs[min(runs)][0]:
-            if measure != "test" and cell[2] != "h":
-                continue
-            values = seed_values(runs, measure)
-            summary.append(summary_row(cell, measure, values[:, 0], values[:, 1:].mean(0)))
+            if measure == "test" or cell[2] == "h":
+                values = seed_values(runs, measure)
+                summary.append(summary_row(cell, measure, values[:, 0], values[:, 1:].mean(0)))
     summary += declared_rows(cells)
+    summary += point_rows(json.loads((options.out / "units.json").read_text()))
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in summary)
     (options.out / "summary.json").write_text(f"[\n{lines}\n]\n")
     (options.out / "tables.md").write_text("\n".join(markdown(summary)) + "\n")
@@ -485,23 +540,24 @@ def notebook_run(folder, runs):
 
 def main(words):
     """Reads the command and its flags, and runs it."""
-    actions = {"nih": study, "nih-tables": tables, "nih-part": nih_part}
+    actions = {"nih": study, "nih-pack": pack, "nih-tables": tables, "nih-part": nih_part}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("command", choices=[*actions])
     add("--data-root", default="data", help="folder of the prepared sets")
     add("--runs", type=Path, default=Path("runs/nih"), help="folder of the runs")
     add("--out", type=Path, default=Path("runs/nih-packed"), help="folder of the results")
-    add("--epochs", type=int, default=36, help="of pre-training")
+    add(
+        "--epochs", type=int, default=36, help="of pre-training; fine-tuning: at most twice as many"
+    )
     add("--size", type=int, default=64, help="of the images, in pixels")
     add("--embedding-dim", type=int, default=4096, help="of pre-training")
     add("--seeds", type=int, default=3, help="pre-trainings of each method")
-    add("--stages", default=",".join(STAGES), help="those to run, joined by commas")
+    add("--ablation-seeds", type=int, default=2, help="pre-trainings of each ablation")
     add("--workers", type=int, default=1, help="processes")
     options = parser.parse_args(words)
     actions[options.command](options)
 
 
 if __name__ == "__main__":
-    os.chdir(HERE.parent)
     main(sys.argv[1:])
