@@ -38,6 +38,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -130,7 +131,7 @@ class PretrainConfig(RunConfig):
     knn_every: int = 5  # epochs between k-NN evaluations on validation labels; 0: never
     checkpoint_minutes: float = 10.0  # minutes between checkpoints, beside those at stops
     compile: bool = False  # compile the context-bottlenecks, for a minute; then faster on CUDA
-    graph: bool = True  # launch a whole training step at once (CUDA graph); one GPU only
+    graph: bool = True  # record forward and backward pass as CUDA graphs; on one GPU alone
     deterministic: bool = False  # bit-exact resume on CUDA too, at some cost in speed
 
 
@@ -1519,6 +1520,8 @@ def record_graphs(model, batch_size, size, amp):
     is one launch. It computes the same, and is taken in train mode alone.
     Args: model: MLVICX on a GPU, in train mode. batch_size, size: of all views to come.
     """
+    # PyTorch warns of weights that were recorded on another stream, which does no harm here.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     before = copy.deepcopy(model.state_dict())
     view = normalise(torch.rand(batch_size, size, size, device=next(model.parameters()).device))
     try:
