@@ -266,7 +266,8 @@ class ChannelAttention(nn.Module):
         positions = x.shape[2] * x.shape[3]
         average = x.sum((2, 3)) / positions  # (B, C, H, W) -> (B, C)
         if x.is_cuda:
-            largest = x.permute(0, 2, 3, 1).flatten(1, 2).max(1).values
+            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
+            largest = pixels.max(1).values
         else:
             largest = F.adaptive_max_pool2d(x, 1).flatten(1)
 
@@ -274,8 +275,8 @@ class ChannelAttention(nn.Module):
         # convolutions. Its second layer is linear, so that the two may be added before it.
         pooled = torch.stack([average, largest])  # (2, B, C)
         hidden = F.relu(F.linear(pooled, self.reduce.weight.flatten(1)))
-        gate = F.linear(hidden.sum(0), self.expand.weight.flatten(1)).sigmoid()  # (B, C)
-        return x * gate[:, :, None, None]
+        gate = F.linear(hidden.sum(0), self.expand.weight.flatten(1))  # (B, C)
+        return x * gate.sigmoid()[:, :, None, None]
 
 
 class SpatialAttention(nn.Module):
@@ -535,13 +536,15 @@ class MLVICX(nn.Module):
     def forward(self, view1, view2):
         # One pass for each view: BatchNorm sees the statistics of a single view.
         maps1, maps2 = self.encoder.stages(view1), self.encoder.stages(view2)
-        h1, h2 = maps1[-1].mean((2, 3)), maps2[-1].mean((2, 3))  # (B, C5)
+        h1 = maps1[-1].mean((2, 3))  # (B, C5)
+        h2 = maps2[-1].mean((2, 3))
         z_global = project(self.global_head.mlp, h1, h2)
         if self.local_head is None:
             return z_global, ()
 
         # Blocks and pooling treat every image by itself: both views go through them together.
-        maps = self.encoder.refine([torch.cat(pair) for pair in zip(maps1, maps2, strict=True)])
+        maps = [torch.cat(pair) for pair in zip(maps1, maps2, strict=True)]  # (2 B, C_k, H_k, W_k)
+        maps = self.encoder.refine(maps)
         pooled = self.local_head.pool([maps[level - 1] for level in self.levels])  # (2 B, ...)
         return z_global, project(self.local_head.mlp, *pooled.chunk(2))
 
@@ -598,7 +601,8 @@ def covariance_literal(z):
     """
     zc = _centred(z)
     cov = zc.T @ zc / (len(zc) - 1)  # (D, D)
-    return (cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1]
+    diagonal = cov.diagonal()
+    return (cov.square().sum() - diagonal.square().sum()) / z.shape[1]
 
 
 def covariance_loss(z):
@@ -886,7 +890,8 @@ def resize_images(images, size):
     """Whole images, antialiased bicubic: uint8 (B, S, S) -> float32 (B, size, size) in [0, 1]."""
     x = images[:, None].float() / 255
     if x.shape[-1] != size:
-        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
+        x = x.clamp(0, 1)
     return x[:, 0]
 
 
@@ -899,10 +904,12 @@ def normalise(x):
 
 def rotate(x, angle):
     """Rotates images (B, H, W) by (B,) degrees, counter-clockwise, bilinear, black outside."""
-    cos, sin, zero = angle.deg2rad().cos(), angle.deg2rad().sin(), torch.zeros_like(angle)
-    theta = torch.stack([cos, -sin, zero, sin, cos, zero], 1).unflatten(1, (2, 3)).to(x)
-    grid = F.affine_grid(theta, [len(x), 1, *x.shape[1:]], align_corners=False)
-    return F.grid_sample(x[:, None], grid, align_corners=False)[:, 0]
+    angle = angle.deg2rad().to(x)
+    cos, sin, zero = angle.cos(), angle.sin(), 0 * angle
+    rows = [torch.stack(row, 1) for row in ([cos, -sin, zero], [sin, cos, zero])]
+    x = x[:, None]  # (B, 1, H, W)
+    grid = F.affine_grid(torch.stack(rows, 1), x.shape, align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)[:, 0]
 
 
 def blur_matrix(sigma, size, taps=23):
@@ -1279,13 +1286,17 @@ def auroc(scores, labels, weights=None):
     scores, labels = np.asarray(scores, np.float32), np.asarray(labels)
     if weights is None:
         weights = np.ones(len(labels))
-    positive, negative = ((labels == k) & np.isfinite(scores) for k in (1, 0))
+    known = np.isfinite(scores)
+    positive = known & (labels == 1)
+    negative = known & (labels == 0)
     # 1 for each pair in which the positive case scores higher, 0.5 where both are equal.
     higher = np.heaviside(scores[positive, None] - scores[negative], np.float32(0.5))  # (P, N)
-    p, n = (np.asarray(weights[..., case], np.float32) for case in (positive, negative))
+    p = weights[..., positive].astype(np.float32)
+    n = weights[..., negative].astype(np.float32)
     won = ((p @ higher) * n).sum(-1, dtype=float)
+    pairs = p.sum(-1, dtype=float) * n.sum(-1, dtype=float)
     with np.errstate(invalid="ignore"):  # 0 / 0 = NaN: one class is missing
-        return won / (p.sum(-1, dtype=float) * n.sum(-1, dtype=float))
+        return won / pairs
 
 
 def finding_aurocs(scores, labels, weights=None):
@@ -1295,10 +1306,12 @@ def finding_aurocs(scores, labels, weights=None):
     Returns: (1 + F,) or (R, 1 + F) array with NaN for undefined.
     """
     columns = zip(np.asarray(scores).T, np.asarray(labels).T, strict=True)
-    each = np.stack([auroc(s, y, weights) for s, y in columns], -1)
+    areas = [auroc(s, y, weights) for s, y in columns]
+    each = np.stack(areas, -1)
     defined = ~np.isnan(each)
     with np.errstate(invalid="ignore"):
-        mean = each.sum(-1, keepdims=True, where=defined) / defined.sum(-1, keepdims=True)
+        count = defined.sum(-1, keepdims=True)
+        mean = each.sum(-1, keepdims=True, where=defined) / count
     return np.concatenate([mean, each], -1)
 
 
@@ -1349,7 +1362,8 @@ def knn_auroc(config, encoder, data):
         rows = data.indices(split)
         if not data.findings or not len(rows):
             return {}
-        rows = rows[torch.randperm(len(rows), generator=generator(config.seed, "knn"))[:2000]]
+        order = torch.randperm(len(rows), generator=generator(config.seed, "knn"))
+        rows = rows[order[:2000]]
         features.append(predict(encoder, data.images, rows, config.size, config.amp))
         labels.append(data.labels[rows])
     scores = knn_scores(features[0], labels[0], features[1])
@@ -1523,9 +1537,10 @@ def record_graphs(model, batch_size, size, amp):
     # PyTorch warns of weights that were recorded on another stream, which does no harm here.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     before = copy.deepcopy(model.state_dict())
-    view = normalise(torch.rand(batch_size, size, size, device=next(model.parameters()).device))
+    device = next(model.parameters()).device
+    view = normalise(torch.rand(batch_size, size, size, device=device))
     try:
-        with autocast(view.device, amp, cache_enabled=False):
+        with autocast(device, amp, cache_enabled=False):
             torch.cuda.make_graphed_callables(model, (view, view.clone()))
     except RuntimeError as e:
         print(f"no CUDA graph, so that steps are slower: {e}")
@@ -1881,14 +1896,16 @@ class Segmenter(nn.Module):
 def segmentation_loss(logits, mask):
     """BCE + soft Dice of the whole batch: (B, H, W) logits and 0/1 masks -> scalar."""
     p = logits.sigmoid()
-    dice = (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+    both = (p * mask).sum()
+    dice = (2 * both + 1) / (p.sum() + mask.sum() + 1)
     return F.binary_cross_entropy_with_logits(logits, mask) + 1 - dice
 
 
 def mask_counts(predicted, mask):
     """Pixels of intersection, prediction and truth of every image: two (B, H, W) -> (B, 3)."""
     predicted, mask = predicted.bool(), mask.bool()
-    return torch.stack([part.sum((1, 2)) for part in (predicted & mask, predicted, mask)], 1)
+    parts = (predicted & mask, predicted, mask)
+    return torch.stack([part.sum((1, 2)) for part in parts], 1)
 
 
 def segmentation_counts(logits, masks, threshold=0.5):
@@ -2016,9 +2033,9 @@ def prepare_evaluation(config, task):
         warn_overlap(about.get("data", ()), data.origin)
         names.append(Path(weights).parent.name or weights)
     fractions = ",".join(f"{fraction:g}" for fraction in config.labels)
-    default = "-".join([data.folder.name, task, config.mode, "+".join(names), fractions])
+    words = [data.folder.name, task, config.mode, "+".join(names), fractions]
     config = replace(config, amp=resolve_amp(device, config.amp))
-    return config, data, device, Path(config.out or f"runs/{default}")
+    return config, data, device, Path(config.out or "runs/" + "-".join(words))
 
 
 def weights_hash(weights):
@@ -2077,11 +2094,14 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
     times = np.array([np.bincount(row, minlength=len(names)) for row in drawn])
     weights = np.vstack([np.ones(len(member)), times[:, member]])  # (1 + R, n), first as they are
     found = np.array([metric(run, weights) for run in runs])  # (runs, 1 + R, M)
-    low, high = pd.DataFrame(found[:, 1:].mean(0)).quantile([0.025, 0.975]).to_numpy()
+    draws = pd.DataFrame(found[:, 1:].mean(0))
+    low, high = draws.quantile([0.025, 0.975]).to_numpy()
     values = found[:, 0]
     groups = encoders if encoders > 1 else len(runs)  # of one encoder, every run by itself
-    std = pd.DataFrame(values.reshape(groups, -1, values.shape[1]).mean(1)).std()  # NaN of one
-    table = np.array([values.mean(0), std, low, high]).T.astype(object)  # (M, 4)
+    of_groups = values.reshape(groups, -1, values.shape[1]).mean(1)
+    std = pd.DataFrame(of_groups).std()  # NaN of one
+    table = np.array([values.mean(0), std, low, high]).T  # (M, 4)
+    table = table.astype(object)
     table[pd.isna(table)] = None
     return [{"mean": mean, "std": std, "ci95": ci95} for mean, std, *ci95 in table]
 
@@ -2187,18 +2207,20 @@ def classify(config):
             model.fc.load_state_dict({"weight": weight, "bias": bias})
             scores = F.linear(x[test], weight, bias)
         else:
-            given = (model, data.images, labels, rows, val, 1.0)
-            fit(config, *given, masked_bce, mean_auroc, (seed, "classify"))
+            fitted = (model, data.images, labels, rows, val, 1.0)
+            fit(config, *fitted, masked_bce, mean_auroc, (seed, "classify"))
             scores = predict(model, data.images, test, config.size, config.amp)
 
         # A finding of which the training labels show one class alone has no classifier.
-        learned = (labels[rows] == 1).any(0) & (labels[rows] == 0).any(0)
+        given = labels[rows]
+        learned = (given == 1).any(0) & (given == 0).any(0)
         about = {"arch": encoder.arch, "findings": names, "learned": learned.tolist()}
         about.update(size=config.size, prepared_size=data.size)
         save_checkpoint(folder / "classifier.pt", classifier=model.state_dict(), **about)
         return scores.masked_fill(~learned, math.nan).numpy()
 
-    y, patients, tests = labels[test].numpy(), data.patient[test.numpy()], {}
+    tests, patients = {}, data.patient[test.numpy()]
+    y = labels[test].numpy()
     encoders = len(config.weights.split(","))
     for fraction, runs in run_units(config, data, device, folder, run_unit).items():
         tests[fraction] = classification_results(runs, y, patients, names, encoders)
@@ -2259,7 +2281,8 @@ def gradcam(model, images, finding):
     last = model.encoder.stages(images)[-1]
     weight = model.fc.weight[finding][:, None, None]
     cam = F.relu((weight * last).sum(1, keepdim=True))  # (B, C5, h, w) -> (B, 1, h, w)
-    cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear")[:, 0]
+    cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear")
+    cam = cam[:, 0]
     return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
@@ -2315,7 +2338,8 @@ def export(config):
     require(not Path(config.out).exists(), f"{config.out} exists; give another --out")
     state = encoder.state_dict()
     with replacing(config.out) as f:
-        torch.save({k: state[k] for k in state if not k.startswith("context.")}, f)
+        kept = {k: state[k] for k in state if not k.startswith("context.")}
+        torch.save(kept, f)
     print(f"written: {config.out} ({encoder.arch['backbone']}, torchvision names, without fc)")
 
 
