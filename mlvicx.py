@@ -2007,7 +2007,7 @@ def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
         stale += 1
         if best_state is None or value > best:
             best, stale = value, 0
-            best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            best_state = copy.deepcopy(model.state_dict())
         if stale >= config.patience:
             break
     model.load_state_dict(best_state)
@@ -2093,17 +2093,20 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
     drawn = np.random.default_rng(0).integers(0, len(names), (repeats, len(names)))
     times = np.array([np.bincount(row, minlength=len(names)) for row in drawn])
     weights = np.vstack([np.ones(len(member)), times[:, member]])  # (1 + R, n), first as they are
-    found = np.array([metric(run, weights) for run in runs])  # (runs, 1 + R, M)
-    draws = pd.DataFrame(found[:, 1:].mean(0))
+    scores = np.array([metric(run, weights) for run in runs])  # (runs, 1 + R, M)
+    draws = pd.DataFrame(scores[:, 1:].mean(0))
     low, high = draws.quantile([0.025, 0.975]).to_numpy()
-    values = found[:, 0]
+    values = scores[:, 0]
     groups = encoders if encoders > 1 else len(runs)  # of one encoder, every run by itself
     of_groups = values.reshape(groups, -1, values.shape[1]).mean(1)
     std = pd.DataFrame(of_groups).std()  # NaN of one
     table = np.array([values.mean(0), std, low, high]).T  # (M, 4)
     table = table.astype(object)
     table[pd.isna(table)] = None
-    return [{"mean": mean, "std": std, "ci95": ci95} for mean, std, *ci95 in table]
+    found = []
+    for mean, std, *ci95 in table:
+        found.append({"mean": mean, "std": std, "ci95": ci95})
+    return found
 
 
 def write_results(folder, task, config, data, val, tests):

