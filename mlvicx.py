@@ -77,7 +77,10 @@ def require(condition, message):
 
 def parse_numbers(text):
     """A list of numbers on the command line: "0.01,0.1,1" -> (0.01, 0.1, 1)."""
-    return tuple(json.loads(f"[{text}]"))
+    numbers = tuple(json.loads(f"[{text}]"))
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise ValueError(text)
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -770,6 +773,11 @@ def generator(*keys):
     return torch.Generator().manual_seed(seed)
 
 
+def is_in(values, wanted):
+    """Which of the values (n,) are among the wanted ones: (n,) bool tensor."""
+    return torch.tensor(pd.Series(values).isin(wanted).to_numpy())
+
+
 class PreparedData:
     """A folder that data_prep.py has written: images on disk, labels in memory.
 
@@ -783,12 +791,12 @@ class PreparedData:
     """
 
     def __init__(self, data, root="data"):
-        self.folder = Path(data)
-        if not self.folder.is_dir():
-            self.folder = Path(root) / data
+        self.folder = Path(root) / data
+        if Path(data).is_dir() and not self.folder.is_dir():
+            self.folder = Path(data)
         try:
             self._read()
-        except (ValueError, KeyError, OSError) as e:
+        except (ValueError, KeyError, OSError, EOFError) as e:
             known = sorted(path.parent.name for path in Path(root).glob("*/meta.json"))
             text = f"{self.folder} cannot be used as prepared data ({e}); prepared: {known}"
             raise UserError(f"{text}; next: python data_prep.py --help") from e
@@ -823,7 +831,7 @@ class PreparedData:
 
     def indices(self, *splits):
         """Rows of the named splits, in file order: (n,) int64 tensor."""
-        return torch.from_numpy(np.flatnonzero(np.isin(self.split, splits)))
+        return is_in(self.split, splits).nonzero().flatten()
 
     def sha256(self):
         """Hash of the images (as meta.json has it), labels and masks."""
@@ -1042,7 +1050,7 @@ CHECKPOINT_FORMAT = 2
 # removes these files and no others.
 OWN_FILES = "metrics.csv last.pt previous.pt encoder.pt results.json classifier.pt unit-*.npy"
 RESUMES = "the same command resumes there, without --overwrite"
-STOPPED = "stopped; checkpoints are kept; lower --lr or use --amp off"
+STOPPED = "stopped; start again with --overwrite, and a lower --lr or --amp off"
 
 
 @contextlib.contextmanager
@@ -1148,6 +1156,7 @@ def file_hash(path):
 def run_settings(config, data, **more):
     """What decides the outcome of a run, and must not change when it is resumed: plain values."""
     settings = dict(asdict(config), **more, data_sha256=data.sha256())
+    settings["kind"] = type(config).__name__  # two commands may have the same settings
     for name in ("out", "overwrite", "device", "data_root", "checkpoint_minutes"):
         settings.pop(name, None)
     if settings.get("exclude_ids"):
@@ -1163,7 +1172,9 @@ def open_run(folder, settings, overwrite=False):
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "config.json"
     own = [path for pattern in OWN_FILES.split() for path in folder.glob(pattern)]
-    if not record.exists():
+    ours = record.exists() and '"settings": {' in record.read_text()
+    require(ours or not record.exists(), f"{record} is not of a run; give another --out")
+    if not ours:
         require(not own, f"{own} are not of a run, but would be replaced; give another --out")
     elif overwrite:
         for path in [*own, record]:  # the record last: without it, the others are not ours
@@ -1421,10 +1432,11 @@ def pretraining_rows(data, exclude_ids="", include_val=False):
         rows = data.indices("train", "val")
     if exclude_ids:
         lines = Path(exclude_ids).read_text().splitlines()
-        banned = torch.from_numpy(np.isin(data.names, [line.strip() for line in lines]))
+        banned = is_in(data.names, [line.strip() for line in lines])
         expected = f"{exclude_ids}: expected names of labels.csv, one a line; found {lines[:1]}"
         require(banned.any(), f"{expected}, and no line that names an image")
         rows = rows[~banned[rows]]
+    require(len(rows) > 1, f"{data.folder} has no two images to train on; prepare more of them")
     return rows, val[torch.randperm(len(val), generator=generator("monitor"))]
 
 
@@ -1590,10 +1602,10 @@ def validation_metrics(config, model, data, rows, views):
     """Loss of validation images on fixed views; standard deviation and rank of both embeddings.
 
     The images are embedded in chunks, but the loss is computed once, over all of them.
-    Returns: dict of floats for metrics.csv; empty with fewer than two images.
+    Returns: dict of floats for metrics.csv; empty with fewer than four images.
     """
     rows, chunks = rows[:VALIDATION_IMAGES], []
-    if len(rows) < 2:
+    if len(rows) < 4:  # of which no rank can be told
         return {}
     device = next(model.parameters()).device
     model.eval()
@@ -1638,7 +1650,10 @@ def finish_epoch(config, parts, state, seconds, data, val_rows, views, folder):
     text = f"epoch {epoch}/{config.epochs}  loss {row['loss']:.3f}"
     if "loss_local" in row:
         text += f" (global {row['loss_global']:.3f}, local {row['loss_local']:.3f})"
-    for name, shown in (("val_loss", "val"), ("knn_auroc", "k-NN AUROC")):
+    val = "val"
+    if config.include_val:
+        val = "val (trained on)"
+    for name, shown in (("val_loss", val), ("knn_auroc", "k-NN AUROC")):
         if name in row:
             text += f"  {shown} {row[name]:.3f}"
     steps_left = (config.epochs / epoch - 1) * state["step"]
@@ -1783,7 +1798,7 @@ def label_subset(data, fraction, seed=0):
     order = {p: hashlib.sha256(f"{seed}:{p}".encode()).digest() for p in patients}
     count = math.ceil(round(fraction * len(order), 6))
     chosen = sorted(order, key=order.get)[:count]
-    return rows[torch.from_numpy(np.isin(patients, chosen))]
+    return rows[is_in(patients, chosen)]
 
 
 def warn_overlap(seen, evaluated):
@@ -2303,6 +2318,7 @@ def predict_files(config):
     model = model.to(setup(config.device))
     writable = config.overwrite or not Path(config.out).exists()
     require(writable, f"{config.out} exists; give another --out")
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for path in map(Path, config.files):
         require(path.exists(), f"looked for X-rays at {path}: there is nothing")

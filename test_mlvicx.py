@@ -1128,6 +1128,30 @@ def test_a_full_disk_is_one_line(place):
     assert not list(Path("runs/full").glob("*.tmp"))
 
 
+def test_a_config_of_another_program_stays(place):
+    path = write(Path("runs/mine/config.json"), '{"theirs": 1}')
+    line = refused("pretrain --data toy --out runs/mine --overwrite", *SMALL)
+    assert "not of a run" in line and read_json(path) == {"theirs": 1}
+
+
+def test_a_run_folder_belongs_to_one_command(place):
+    data, given = m.PreparedData("toy"), {"epochs": 1, "lr": 0.1, "batch_size": 8, "size": 32}
+    folder, (one, two) = Path("runs/one"), (m.ClassifyConfig(**given), m.SegmentConfig(**given))
+    m.open_run(folder, m.run_settings(one, data))
+    with pytest.raises(m.UserError, match="kind = ClassifyConfig, now SegmentConfig"):
+        m.open_run(folder, m.run_settings(two, data))
+
+
+def test_a_prepared_set_comes_before_a_folder_of_its_name(place):
+    Path("toy").mkdir()
+    assert len(m.PreparedData("toy").images) == 48
+
+
+def test_the_validation_loss_of_training_images_is_called_so(place, capsys):
+    assert run_pretrain("--include-val --epochs 1") == 0
+    assert "  val (trained on) " in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_another_architecture_names_the_key(trained):
     state = m.load_checkpoint("runs/toy/encoder.pt")
     arch = state["arch"] | {"backbone": "resnet34"}
@@ -4303,7 +4327,7 @@ def test_the_bench_measures_whole_steps_and_pretrain(monkeypatch):
     assert all(min(row.values()) > 0 for row in found.values())
 
 
-@pytest.mark.parametrize("name, most, a_line", [("mlvicx", 16420, 11), ("data_prep", 12000, 12)])
+@pytest.mark.parametrize("name, most, a_line", [("mlvicx", 16550, 11), ("data_prep", 12000, 12)])
 def test_the_code_stays_small(name, most, a_line):
     """Python's own tokens, without comments and docstrings."""
     source = io.StringIO((HERE / f"{name}.py").read_text()).readline
