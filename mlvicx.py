@@ -1702,8 +1702,8 @@ def pretrain(config):
     parts, weights = build_parts(config, device), select(config, *LOSS_WEIGHTS)
     model, optimizer, scaler = parts.values()
     model = for_training(config, model, device)
-    folder, state = open_training(config, data, len(rows), parts)
     with stop_signals() as signals:
+        folder, state = open_training(config, data, len(rows), parts)
         pending, first_step, saved, started = [], state["step"], time.monotonic(), time.monotonic()
         steps = range(first_step, total_steps)
         steps = tqdm(steps, initial=first_step, total=total_steps, disable=not first or None)
