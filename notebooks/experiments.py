@@ -532,7 +532,7 @@ def notebook_run(folder, runs):
     runs.mkdir(exist_ok=True)
     ids.write_text("\n".join(np.delete(data.names, kept)))
     given = {"size": 48, "epochs": 3, "batch_size": 64, "lr": 0.016, "trust": 1.0, "crop_min": 0.6}
-    given.update(warmup_epochs=0.5, knn_every=3, embedding_dim=256, context="side", jitter=0.4)
+    given.update(warmup_epochs=0.5, knn_every=0, embedding_dim=256, context="side", jitter=0.4)
     given.update(blur=0.0, solarize=0.0, data=str(folder), out=str(run), exclude_ids=str(ids))
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         return m.pretrain(m.make_config("pretrain", m.PretrainConfig, given))
