@@ -273,7 +273,7 @@ def point(options, method, seed):
             for x, y, width, height in of_image.loc[:, "x":].to_numpy() * size / data.size:
                 area[round(y) : round(y + height), round(x) : round(x + width)] = 1
             image = data.images[data.names == name].to(model.fc.weight.device)
-            last = model.encoder.stages(m.normalise(m.resize_images(image, size)))[-1]
+            last, _ = model.encoder.features(m.normalise(m.resize_images(image, size)))
             weight = model.fc.weight[nih.findings.index(finding)]
             heatmap = (weight[:, None, None] * last).sum(1, keepdim=True)
             heatmap = m.F.interpolate(heatmap, size=(size, size), mode="bilinear")
