@@ -205,7 +205,6 @@ PRESETS = {
     ("classify", "demo"): {"size": 64, "epochs": 20, "patience": 5},
     ("segment", "demo"): {"size": 128, "epochs": 20, "patience": 5},
 }
-KINDS = {"levels": "i", "labels": "if"}  # of numbers: integers, floats; all others as they come
 # Smallest and largest value of numbers; those that are not listed must not be negative.
 LIMITS = {
     "size": (32, 4096),
@@ -232,12 +231,12 @@ def make_config(command, cls, given):
     preset = PRESETS.get((command, dataset), {})
     config = cls(**dict(preset, **given))
     for name, value in asdict(config).items():
-        if not isinstance(value, (str, list)):
+        if isinstance(value, (int, float, tuple)):
             numbers = np.ravel(value)  # one number becomes a list
             low, high = LIMITS.get(name, (0, sys.float_info.max))
-            kinds = KINDS.get(name, "bif")
-            valid = numbers.dtype.kind in kinds and 0 < len(numbers) == len(set(numbers))
-            valid = valid and all((numbers >= low) & (numbers <= high))
+            distinct = 0 < len(numbers) == len(set(numbers))  # not empty, none twice
+            whole = name != "levels" or numbers.dtype == int
+            valid = distinct and whole and all((numbers >= low) & (numbers <= high))
             flag = "--" + name.replace("_", "-")
             require(valid, f"{flag}: expected distinct numbers, {low:g} to {high:g}, found {value}")
     return config
@@ -1130,7 +1129,7 @@ def resume(folder, parts):
         try:
             found = load_checkpoint(path)
         except UserError as e:
-            print(e)
+            print(e)  # and the checkpoint before it is tried
             continue
         text = f"{path} is of an earlier version of this program; --overwrite starts again"
         require(found.get("format") == CHECKPOINT_FORMAT, text)
@@ -1175,6 +1174,7 @@ def open_run(folder, settings, overwrite=False):
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "config.json"
     own = [path for pattern in OWN_FILES.split() for path in folder.glob(pattern)]
+    # Ours has settings; another program's config.json may not even be JSON.
     ours = record.exists() and '"settings": {' in record.read_text()
     require(ours or not record.exists(), f"{record} is not of a run; give another --out")
     if not ours:
