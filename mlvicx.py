@@ -356,31 +356,33 @@ class Encoder(nn.Module):
         for level in {"inline": LEVELS, "side": levels, "none": ()}[context]:
             self.context[str(level)] = ContextBottleneck(self.channels[level - 1], attention)
 
-    def features(self, x):
-        """(B, 3, H, W) -> last map (B, C5, H / 32, W / 32); five maps, refined by their blocks."""
+    def stages(self, x):
+        """(B, 3, H, W) -> the maps of five levels, as the next stage sees them; h pools the last."""
         if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 32:
             raise ValueError(f"expected (B, 1 or 3, >=32, >=32), got {tuple(x.shape)}")
         x = F.relu(self.bn1(self.conv1(x.expand(-1, 3, -1, -1))), inplace=True)
-        refined_maps = []
+        maps = []
         for level in LEVELS:
-            # The ResNet's own map of this level.
             if level == 2:
                 x = F.max_pool2d(x, 3, 2, 1)
             if level > 1:
                 x = getattr(self, f"layer{level - 1}")(x)
-
-            # Its context-bottleneck.
-            refined = x
-            if str(level) in self.context:
-                refined = self.context[str(level)](x)
-            refined_maps.append(refined)
             if self.arch["context"] == "inline":
-                x = refined  # the next stage sees the refined map
-        return x, refined_maps
+                x = self.context[str(level)](x)
+            maps.append(x)
+        return maps
+
+    def refine(self, maps):
+        """The maps of `stages` through the blocks that sit beside the ResNet, if there are any."""
+        refined = list(maps)
+        if self.arch["context"] == "side":
+            for level, block in self.context.items():
+                refined[int(level) - 1] = block(maps[int(level) - 1])
+        return refined
 
     def forward(self, x):
-        last, maps = self.features(x)
-        return last.mean((2, 3)), maps  # (B, C5, H, W) -> (B, C5)
+        maps = self.stages(x)
+        return maps[-1].mean((2, 3)), self.refine(maps)  # (B, C5, H, W) -> (B, C5)
 
 
 # ---------------------------------------------------------------- 5. projectors
@@ -408,18 +410,18 @@ def projector_mlp(inputs, width, final_bn=True):
     return nn.Sequential(*layers)
 
 
-def project(mlp, x1, x2):
-    """Two views (B, inputs) -> two embeddings (B, D): mlp(x1), mlp(x2), but faster.
+def project(mlp, x):
+    """Both views, one after the other (2 B, inputs) -> two embeddings (B, D), of the views.
 
     A linear layer treats all rows alike, so both views go through it at once and its weights are
     read once. BatchNorm takes one view at a time: its statistics are those of a single view.
     """
     for layer in mlp:
-        if isinstance(layer, nn.Linear):
-            x1, x2 = layer(torch.cat([x1, x2])).chunk(2)
+        if isinstance(layer, (nn.Linear, nn.ReLU)):
+            x = layer(x)
         else:
-            x1, x2 = layer(x1), layer(x2)
-    return x1, x2
+            x = torch.cat([layer(view) for view in x.chunk(2)])
+    return x.chunk(2)
 
 
 class GlobalProjector(nn.Module):
@@ -533,25 +535,19 @@ class MLVICX(nn.Module):
             channels = [self.encoder.channels[level - 1] for level in levels]
             self.local_head = LocalProjector(channels, embedding_dim, final_bn)
 
-    def represent(self, view):
-        """What the two projectors take: h (B, C5), and all maps pooled to one vector (or ())."""
-        h, maps = self.encoder(view)
-        if self.local_head is None:
-            return h, ()
-        chosen = [maps[level - 1] for level in self.levels]
-        return h, self.local_head.pool(chosen)
-
     def forward(self, view1, view2):
-        # One pass for each view: BatchNorm sees the statistics of a single view. Maps are pooled
-        # immediately, so that those of view 1 need not be kept while view 2 is encoded. `project`
-        # takes both views through a projector, faster than one after the other.
-        h1, pooled1 = self.represent(view1)
-        h2, pooled2 = self.represent(view2)
-        z_global = project(self.global_head.mlp, h1, h2)
+        # One pass for each view: BatchNorm sees the statistics of a single view.
+        maps1, maps2 = self.encoder.stages(view1), self.encoder.stages(view2)
+        h = torch.cat([maps1[-1].mean((2, 3)), maps2[-1].mean((2, 3))])  # (2 B, C5)
+        z_global = project(self.global_head.mlp, h)
         if self.local_head is None:
             return z_global, ()
-        z_local = project(self.local_head.mlp, pooled1, pooled2)
-        return z_global, z_local
+
+        # Blocks and pooling treat every image by itself: both views go through them together.
+        maps = [torch.cat(pair) for pair in zip(maps1, maps2, strict=True)]  # (2 B, C_k, H_k, W_k)
+        maps = self.encoder.refine(maps)
+        pooled = self.local_head.pool([maps[level - 1] for level in self.levels])  # (2 B, ...)
+        return z_global, project(self.local_head.mlp, pooled)
 
 
 # ---------------------------------------------------------------- 7. losses
@@ -2299,7 +2295,7 @@ def gradcam(model, images, finding):
     Args: model: Classifier, in eval mode. images: (B, 3, H, W). finding: column of the logits.
     Returns: (B, H, W) in [0, 1]. Source: arXiv:1610.02391.
     """
-    last, _ = model.encoder.features(images)
+    last = model.encoder.stages(images)[-1]
     weight = model.fc.weight[finding][:, None, None]
     cam = F.relu((weight * last).sum(1, keepdim=True))  # (B, C5, h, w) -> (B, 1, h, w)
     cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear")

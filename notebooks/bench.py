@@ -167,16 +167,16 @@ def step_parts(config, device):
         p.grad = torch.zeros_like(p)
     with torch.no_grad(), amp:
         encoded = [model.encoder(view) for view in views]
-        (h1, h2), maps = zip(*encoded, strict=True)
+        h, maps = zip(*encoded, strict=True)
         z = model(*views)
 
     def project_all():
-        m.project(model.global_head.mlp, h1, h2)
-        m.project(model.local_head.mlp, *(model.local_head.pool(level) for level in maps))
+        m.project(model.global_head.mlp, torch.cat(h))
+        m.project(model.local_head.mlp, torch.cat([model.local_head.pool(view) for view in maps]))
 
     def all_blocks():
-        for level in maps:
-            for block, x in zip(blocks.values(), level, strict=True):
+        for view in maps:
+            for block, x in zip(blocks.values(), view, strict=True):
                 block(x)
 
     forward = {

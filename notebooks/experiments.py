@@ -1,4 +1,4 @@
-"""The study on real X-rays, its tables and their analysis; and the run of notebooks 04 and 05.
+"""The study on real X-rays, its tables and their analysis; and the encoder of notebooks 04 and 05.
 
     python notebooks/experiments.py nih         # pre-trainings and evaluations, for a GPU
     python notebooks/experiments.py nih-pack    # gathers the results of a study that was stopped
@@ -16,8 +16,6 @@ others go on.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import sys
 import time
@@ -273,7 +271,7 @@ def point(options, method, seed):
             for x, y, width, height in of_image.loc[:, "x":].to_numpy() * size / data.size:
                 area[round(y) : round(y + height), round(x) : round(x + width)] = 1
             image = data.images[data.names == name].to(model.fc.weight.device)
-            last, _ = model.encoder.features(m.normalise(m.resize_images(image, size)))
+            last = model.encoder.stages(m.normalise(m.resize_images(image, size)))[-1]
             weight = model.fc.weight[nih.findings.index(finding)]
             heatmap = (weight[:, None, None] * last).sum(1, keepdim=True)
             heatmap = m.F.interpolate(heatmap, size=(size, size), mode="bilinear")
@@ -521,21 +519,29 @@ def tables(options):
     (options.out / "tables.md").write_text("\n".join(markdown(summary)) + "\n")
 
 
-def notebook_run(folder, runs):
-    """The pre-training of notebooks 04 and 05; where it has been run, nothing is left to do.
+def notebook_run(data, runs, model=None):
+    """The pre-training of notebook 02, section 2.4, which notebooks 04 and 05 use as well.
 
-    Args: folder: prepared set. runs: where the run folder lies. Returns: the run folder.
+    Args: data: PreparedData. runs: folder of the runs. model: the MLVICX of notebook 02; None: it
+        is read back, or trained here in the same way. Returns: path of the encoder.
     """
-    data, quiet = m.PreparedData(folder), io.StringIO()
-    run, kept = runs / f"notebook-{data.meta['name']}", data.indices("train")[:1500]
-    ids = run.with_suffix(".txt")
+    path = runs / f"notebook-02-{data.meta['images_sha256'][:12]}.pt"
+    if model is None and path.exists():
+        return path
+    if model is None:
+        m.torch.manual_seed(0)
+        model = m.MLVICX(embedding_dim=256, context="side").to(memory_format=m.torch.channels_last)
+        views = m.RandomViews(48, crop_min=0.6, jitter=0.4, blur=0.0, solarize=0.0)
+        parts = model, m.LARS(model.parameters(), trust=1.0), m.torch.amp.GradScaler(enabled=False)
+        batches = data.indices("train")[:1024].split(32)
+        for step in range(64):
+            images = data.images[batches[step % len(batches)]]
+            rate = m.cosine_schedule(step, total=64, warmup=16, base=0.012)
+            m.train_step(*parts, *views(images, m.generator(0, "views", step)), rate)
     runs.mkdir(exist_ok=True)
-    ids.write_text("\n".join(np.delete(data.names, kept)))
-    given = {"size": 48, "epochs": 3, "batch_size": 64, "lr": 0.016, "trust": 1.0, "crop_min": 0.6}
-    given.update(warmup_epochs=0.5, knn_every=0, embedding_dim=256, context="side", jitter=0.4)
-    given.update(blur=0.0, solarize=0.0, data=str(folder), out=str(run), exclude_ids=str(ids))
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        return m.pretrain(m.make_config("pretrain", m.PretrainConfig, given))
+    about = {"arch": model.encoder.arch, "size": 48, "data": [data.origin]}
+    m.save_checkpoint(path, encoder=model.encoder.state_dict(), **about)
+    return path
 
 
 def main(words):
@@ -547,9 +553,7 @@ def main(words):
     add("--data-root", default="data", help="folder of the prepared sets")
     add("--runs", type=Path, default=Path("runs/nih"), help="folder of the runs")
     add("--out", type=Path, default=Path("runs/nih-packed"), help="folder of the results")
-    add(
-        "--epochs", type=int, default=36, help="of pre-training; fine-tuning: at most twice as many"
-    )
+    add("--epochs", type=int, default=36, help="of pre-training; fine-tuning: at most twice that")
     add("--size", type=int, default=64, help="of the images, in pixels")
     add("--embedding-dim", type=int, default=4096, help="of pre-training")
     add("--seeds", type=int, default=3, help="pre-trainings of each method")
