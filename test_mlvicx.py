@@ -52,6 +52,8 @@ import bench
 import experiments
 
 torch.set_num_threads(1)  # the models here are too small for two
+if "PYTEST_XDIST_WORKER" in os.environ:  # nor do notebooks share cores with other tests
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -4192,7 +4194,7 @@ def test_the_speeds_of_the_readme_are_those_of_the_logs():
     assert len(means) == 2 and "```\n" + "\n".join(means) + "\n```" in text
     speeds = [int(n) for n in re.findall(r"(\d+) images/s", "".join(log))]
     minutes = 78_468 / np.mean(speeds) / 60  # an epoch of ChestMNIST
-    assert 16 < minutes < 25 and "an epoch takes 20 minutes" in " ".join(text.split())
+    assert f"an epoch takes {minutes:.0f} minutes" in " ".join(text.split())
     bench = read_json(RESULTS / "logs" / "bench_h200.json")["training"]
     compiled = read_json(RESULTS / "logs" / "steps_h200.json")["training"]
     rows = [compiled["batch 256, graph, blocks compiled"]]
