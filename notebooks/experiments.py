@@ -142,9 +142,7 @@ def probe(data, feature, x, rows, ranks):
     for share in SHARES:
         if feature != "h" and share not in (0.1, 1):
             continue
-        repeats = 3
-        if share == 1 or feature.startswith("level"):
-            repeats = 1
+        repeats = 1 if share == 1 or feature.startswith("level") else 3
         for subset in range(repeats):
             chosen = m.label_subset(data, share, subset)
             weight, bias = m.linear_probe(x[chosen], y[chosen], x[val], y[val])
@@ -495,8 +493,7 @@ def markdown(summary):
     for key, part in frame.groupby(["set", "mode", "measure", "table"], sort=False):
         table = part.pivot(index="method", columns="column", values="text").fillna("")
         table = table[part["column"].unique()]
-        lines += ["", f"**{', '.join(key)}**", ""]
-        lines.append("| | " + " | ".join(table.columns) + " |")
+        lines += ["", f"**{', '.join(key)}**", "", "| | " + " | ".join(table.columns) + " |"]
         lines.append("|---" * (len(table.columns) + 1) + "|")
         for method in dict.fromkeys([*METHODS, SCRATCH, PIXELS, *table.index]):
             if method in table.index:
