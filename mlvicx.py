@@ -357,7 +357,7 @@ class Encoder(nn.Module):
             self.context[str(level)] = ContextBottleneck(self.channels[level - 1], attention)
 
     def stages(self, x):
-        """(B, 3, H, W) -> the maps of five levels, as the next stage sees them; h pools the last."""
+        """(B, 3, H, W) -> five maps, each as the next stage sees it; h averages the last."""
         if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 32:
             raise ValueError(f"expected (B, 1 or 3, >=32, >=32), got {tuple(x.shape)}")
         x = F.relu(self.bn1(self.conv1(x.expand(-1, 3, -1, -1))), inplace=True)
@@ -411,7 +411,7 @@ def projector_mlp(inputs, width, final_bn=True):
 
 
 def project(mlp, x):
-    """Both views, one after the other (2 B, inputs) -> two embeddings (B, D), of the views.
+    """(2 B, inputs), the rows of view 1 and then those of view 2 -> their two embeddings (B, D).
 
     A linear layer treats all rows alike, so both views go through it at once and its weights are
     read once. BatchNorm takes one view at a time: its statistics are those of a single view.

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -52,13 +53,13 @@ import bench
 import experiments
 
 torch.set_num_threads(1)  # the models here are too small for two
-if "PYTEST_XDIST_WORKER" in os.environ:  # nor do notebooks share cores with other tests
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process has one core, its notebooks too
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The same for the processes that are started here; the notebooks have every thread again."""
+    """The same for processes that are started here; without xdist, notebooks have all threads."""
     # A shell's background job ignores Ctrl-C, and so would every process that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
@@ -4185,6 +4186,17 @@ def test_the_findings_of_the_readme_are_the_declared_comparisons():
         ("side over inline: ", "side − inline"),
     ):
         assert len(found[method]) == 2 and line + " and ".join(found[method]) in text
+
+
+def test_notebooks_02_04_and_05_have_one_pretraining():
+    """What notebook 02 shows is what `notebook_run` does for whoever starts at 04 or 05."""
+    code = inspect.getsource(experiments.notebook_run)
+    cells = read_json(HERE / "notebooks" / "02_the_method.ipynb")["cells"]
+    (shown,) = ["".join(c["source"]) for c in cells if "m.MLVICX(" in "".join(c["source"])]
+    for call in ("MLVICX", "RandomViews", "LARS", "cosine_schedule", "manual_seed", "split"):
+        of_both = [re.findall(rf"{call}\((.*?)\)", text) for text in (code, shown)]
+        assert len(of_both[0]) == 1 and of_both[0] == of_both[1]
+    assert all("[:1024]" in text and "range(64)" in text for text in (code, shown))
 
 
 def test_the_speeds_of_the_readme_are_those_of_the_logs():
