@@ -4193,10 +4193,9 @@ def test_notebooks_02_04_and_05_have_one_pretraining():
     code = inspect.getsource(experiments.notebook_run)
     cells = read_json(HERE / "notebooks" / "02_the_method.ipynb")["cells"]
     (shown,) = ["".join(c["source"]) for c in cells if "m.MLVICX(" in "".join(c["source"])]
-    for call in ("MLVICX", "RandomViews", "LARS", "cosine_schedule", "manual_seed", "split"):
-        of_both = [re.findall(rf"{call}\((.*?)\)", text) for text in (code, shown)]
+    for call in (r"\.MLVICX", "RandomViews", "LARS", "schedule", "seed", r"\[:\d+].split", "range"):
+        of_both = [re.findall(rf"{call}\(.*?\)", text) for text in (code, shown)]
         assert len(of_both[0]) == 1 and of_both[0] == of_both[1]
-    assert all("[:1024]" in text and "range(64)" in text for text in (code, shown))
 
 
 def test_the_speeds_of_the_readme_are_those_of_the_logs():
