@@ -56,12 +56,14 @@ except ImportError:  # Windows: two preparations of one set are not told apart
 # ================================================================================================
 # Of one picture, and of its file; the largest chest detectors give about 20 million pixels.
 MIN_SIDE, MAX_PIXELS, MAX_BYTES = 16, 50_000_000, 256 << 20
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+FORMATS = "PNG JPEG BMP WEBP".split()
 ORIENTATION = 0x0112  # number of the EXIF tag
 # Little endian, JPEG, JPEG lossless, JPEG-LS, JPEG 2000, RLE. Not deflated, which would be inflated
 # before the sizes inside can be checked.
-_SYNTAXES = ",.1,.4.50,.4.51,.4.57,.4.70,.4.80,.4.81,.4.90,.4.91,.5".split(",")
-TRANSFER_SYNTAXES = ["1.2.840.10008.1.2" + ending for ending in _SYNTAXES]
+TRANSFER_SYNTAXES = """1.2.840.10008.1.2 1.2.840.10008.1.2.1
+1.2.840.10008.1.2.4.50 1.2.840.10008.1.2.4.51 1.2.840.10008.1.2.4.57 1.2.840.10008.1.2.4.70
+1.2.840.10008.1.2.4.80 1.2.840.10008.1.2.4.81 1.2.840.10008.1.2.4.90 1.2.840.10008.1.2.4.91
+1.2.840.10008.1.2.5""".split()
 
 
 class PrepError(ValueError):
@@ -75,8 +77,8 @@ def require(condition, message):
 
 
 def one_line(error):
-    """The first line of an error's text, or its kind where it has none."""
-    return str(error).partition("\n")[0] or type(error).__name__
+    """An error's text on one line, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_xray(path):
@@ -151,8 +153,7 @@ def _stretch(pixels, ds=None):
     values, keep, invert = levels.astype(np.float64), False, False
     if ds is not None:
         values = _display(levels, ds).astype(np.float64)
-        plain_bytes = ds.BitsStored == 8 and not ds.PixelRepresentation
-        keep = plain_bytes and np.allclose(values, levels)
+        keep = ds.BitsStored == 8 and not ds.PixelRepresentation and np.allclose(values, levels)
         invert = ds.PhotometricInterpretation == "MONOCHROME1"
     if not keep:
         values = (values - values.min()) * (255 / (np.ptp(values) or 1))
@@ -197,8 +198,9 @@ def _check_pixel_data(ds, syntax):
     header, depth = (ds.Rows, ds.Columns), (ds.SamplesPerPixel, ds.BitsAllocated)
     _check_size(*header)
     gray = ds.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
-    known = gray and depth in ((1, 8), (1, 16)) and int(_number(ds, "NumberOfFrames", 1)) <= 1
-    require(known, f"DICOM of colour, of several frames, or of (samples, bits) = {depth}")
+    known = gray and depth in ((1, 8), (1, 16)) and _number(ds, "NumberOfFrames", 1) <= 1
+    text = f"DICOM of colour, of several frames, of high bits, or of (samples, bits) = {depth}"
+    require(known and ds.get("HighBit", 0) < ds.BitsStored, text)
     if not ds["PixelData"].is_undefined_length:  # not compressed: pydicom compares the sizes
         return
     size, coded = math.prod(header + depth) // 8, header
@@ -290,7 +292,7 @@ BUILD = dict(
 )
 # Images of 16 consecutive patients, 40 in all, shuffled block by block: a patient owns 1 to 5
 # indices in a row, and any index finds its patient without a history.
-IMAGES_PER_PATIENT = (1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 4, 5, 5)
+IMAGES_PER_PATIENT = [int(digit) for digit in "1111222223333455"]
 
 
 def phantom_case(seed, index, site="a"):
@@ -573,6 +575,7 @@ BY_IMAGE = {"train": 0.7, "val": 0.15, "test": 0.15}
 CARVED = {"val": 0.1, "train": 0.9}
 EDGES = ["x", "y", "width", "height"]
 BOX = ["image", "finding", *EDGES]  # x, y is the upper left corner
+GRID = 1024  # pixels a side of all pictures of NIH, RSNA and SIIM, where their tables count them
 # Endings that a table may leave out.
 PICTURES = re.compile(r"\.(png|jpe?g|jfif|bmp|webp|dcm|dicom)$", re.IGNORECASE)
 
@@ -733,7 +736,7 @@ def reading(path):
         yield
     except Exception as e:
         what = f"looked for the table or archive {path}: missing, damaged or of another kind"
-        raise PrepError(f"{what} ({one_line(e)}); give another --raw, or download it again") from e
+        raise PrepError(f"{what} ({one_line(e)}); repair it, or download it again") from e
 
 
 def read_table(path, columns, numeric=()):
@@ -749,7 +752,7 @@ def read_table(path, columns, numeric=()):
         table = pd.read_csv(path, dtype=str, na_filter=False, encoding="utf-8-sig", index_col=False)
         table = table.rename(columns=str.strip).apply(lambda column: column.str.strip())
         found = f"expected the columns {[*columns]}, found {list(table)[:20]}"
-        require(set(columns) <= set(table), found)
+        require(set(columns) <= set(table) and table.columns.is_unique, found)
         if isinstance(columns, dict):
             table = table[[*columns]].rename(columns=columns)
         for name in numeric:
@@ -815,6 +818,8 @@ def rle_decode(text, rows, columns):
 # ================================================================================================
 # Bytes before the pixels of a .npy file; images written at a time.
 HEADER, BATCH = 128, 64
+FILES = """images.npy masks.npy labels.csv boxes.csv rejected.csv hashes.csv meta.json
+progress.jsonl""".split()
 
 
 def file_digest(path, kind="sha256"):
@@ -823,12 +828,11 @@ def file_digest(path, kind="sha256"):
         return hashlib.file_digest(f, kind).hexdigest()
 
 
-def remove_prepared(folder):
-    """Deletes a prepared folder, and refuses to delete anything else."""
-    folder, own = Path(folder), "images masks labels boxes rejected hashes meta progress".split()
-    foreign = [path.name for path in folder.iterdir() if path.stem not in own]
-    require(not foreign, f"{folder} also holds {foreign[:1]}; remove it or give another --out")
-    shutil.rmtree(folder)
+def check_own(folder):
+    """Raises PrepError unless a folder, which is to be removed, holds prepared files alone."""
+    foreign = {path.name for path in folder.iterdir()}.difference(FILES)
+    own = not foreign and not folder.is_symlink()
+    require(own, f"{folder} is a link or also holds {[*foreign][:1]}; give another --out")
 
 
 def refuse_changed(old, new, folder):
@@ -859,8 +863,8 @@ def prepare_picture(task, size):
         if isinstance(mask, str):
             mask = read_gray(mask)
         elif isinstance(mask, tuple):
-            parts = [rle_decode(text, *source.shape) for text in mask]
-            mask = np.any([np.zeros(source.shape, bool), *parts], axis=0)
+            parts = [rle_decode(text, GRID, GRID) for text in ("", *mask)]  # "": blank
+            mask = np.any(parts, axis=0)
         if mask is not None:  # of 0/1 or 0/255
             shrunk = resize_xray(np.uint8(255) * (mask > mask.max() / 2), size) // 128
     except ValueError as e:
@@ -889,9 +893,10 @@ def _worker_pool(workers):
     # A new process imports the main module of the old one, which may be mlvicx.py with torch.
     main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
     try:
-        with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
-            yield functools.partial(pool.map, chunksize=4)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+        yield functools.partial(pool.map, chunksize=4)
     finally:
+        pool.shutdown(cancel_futures=True)
         sys.modules["__main__"] = main
 
 
@@ -975,7 +980,7 @@ def write_prepared(listing, out, options, size=None, workers=1):
     image, rejected = listing.table["image"], [*listing.rejected]
     rejected += [(image[note["row"]], note["reason"]) for note in notes if "reason" in note]
     if not good:  # nothing to resume from
-        remove_prepared(folder)
+        shutil.rmtree(folder)
         named = f"the table names {image[:1].tolist()}, left out: {rejected[:1]}"
         raise PrepError(f"none of {len(image)} images could be read: {named}")
 
@@ -996,7 +1001,7 @@ def write_prepared(listing, out, options, size=None, workers=1):
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
     if out.exists():
-        remove_prepared(out)
+        shutil.rmtree(out)
     os.replace(folder, out)
     (out / "progress.jsonl").unlink()
     print(f"{out.name}: {counts}; {len(rejected):,} left out (rejected.csv)")
@@ -1005,7 +1010,7 @@ def write_prepared(listing, out, options, size=None, workers=1):
 def _tables(listing, good, size):
     """The tables of the prepared pictures by file name; `good`: the notes on these."""
     boxes = listing.boxes
-    good = pd.DataFrame(good).join(listing.table, on="row")
+    good = pd.DataFrame(good).join(listing.table[listing.columns], on="row")
     sizes = good[["image", "sha256", "height", "width"]]
     tables = {"labels.csv": good[listing.columns], "hashes.csv": sizes}
     if "boxes" in good:  # drawn: boxes come with the pictures
@@ -1070,7 +1075,7 @@ def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
     Returns: `Listing`. Rows without a file inside `raw`, and files without a row, are rejected.
     """
     files, lists, boxes = Files(raw), [], None
-    names = [name for name in files.paths if not name.startswith("masks/")]
+    names = [name for name in files.paths if "/masks/" not in f"/{name}"]
     require(names, f"looked for X-rays in {raw}: found 0 X-rays")
     table = pd.DataFrame({"image": names})
     if csv:
@@ -1088,10 +1093,11 @@ def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
     for name in table.get("mask", []):
         path = None
         if name:
-            path = ""  # of a mask that is not there: rejected when it is read
-            for found in files.find(f"masks/{name}"):
-                path = files.paths[found]
-                files.spare.pop(found, None)
+            found = files.find("masks/" + name.removeprefix("masks/"))
+            path = f"found {found}"  # not one file: rejected when it is read
+            if len(found) == 1:
+                path = files.paths[found[0]]
+                files.spare.pop(found[0], None)
         masks.append(path)
     columns = read_findings(table, findings, uncertain)
     return Listing(table, columns, lists, masks=masks, boxes=boxes).attach(files)
@@ -1133,7 +1139,7 @@ def list_nih(raw=None, allow_missing=False):
         lists.append(raw / "BBox_List_2017.csv")
         names = dict(zip("Image Index,Finding Label,Bbox [x,y,w,h]".split(","), BOX, strict=True))
         listing.boxes = read_table(lists[-1], names, EDGES).replace("Infiltrate", "Infiltration")
-        listing.box_side = 1024
+        listing.box_side = GRID
     return listing.attach(Files(raw), ".png")
 
 
@@ -1181,7 +1187,7 @@ def list_rsna(raw=None, patients=None, allow_missing=False):
     table = rows[["image", "Pneumonia"]].drop_duplicates(ignore_index=True)
     table, lists = add_patients(table.astype({"Pneumonia": int}), [csv], patients)
     boxes = rows.loc[edges == 4, BOX]
-    listing = Listing(table, ["Pneumonia"], lists, boxes=boxes, allow_missing=allow_missing)
+    listing = Listing(table, ["Pneumonia"], lists, [], allow_missing, boxes, GRID)
     return listing.attach(Files(raw), ".dcm")
 
 
@@ -1276,7 +1282,7 @@ def download(url, path, md5=None):
     Returns: path.
     Raises: PrepError.
     """
-    path, part, why = Path(path), Path(f"{path}.part"), ""
+    path, part = Path(path), Path(f"{path}.part")
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1424,20 +1430,22 @@ def prepare(command, out, size, workers, overwrite, download=False, **given):
     require(sound, "expected --size from 16 to 4096, --workers and --count from 1")
     options = dict(given, command=command, size=size)
     options.pop("allow_missing", None)
-    if out.exists() and not overwrite:
+    if out.exists():
         meta = out / "meta.json"
-        require(meta.is_file(), f"{out} is incomplete (no meta.json); give --overwrite")
-        refuse_changed(json.loads(meta.read_text())["options"], options, out)
-        print(f"{out} is finished; nothing to do")
-        return
+        require(meta.is_file(), f"{out} is incomplete (no meta.json); give another --out")
+        if not overwrite:
+            refuse_changed(json.loads(meta.read_text())["options"], options, out)
+            print(f"{out} is finished; nothing to do (after a change of its files: --overwrite)")
+            return
+        check_own(out)
     if download:
         given["raw"] = fetch(command, out.parent / "downloads" / command, size)
     if "raw" in given:
         outside = given["raw"] and not out.resolve().is_relative_to(Path(given["raw"]).resolve())
         require(outside, "give --raw DIR, and --out outside it: --raw is never written to")
     listing = COMMANDS[command](**given)
-    if overwrite and Path(f"{out}.partial").exists():
-        remove_prepared(f"{out}.partial")
+    if overwrite:
+        shutil.rmtree(f"{out}.partial", ignore_errors=True)
     write_prepared(listing, out, options, size, workers)
 
 
@@ -1451,15 +1459,14 @@ def main(argv=None):
         args = parse(argv)
         if args.command == "verify":
             problems = verify(args.folder)
-            if problems:
-                raise PrepError(f"{args.folder}: {problems[0]} ({len(problems)} problem(s))")
+            require(not problems, f"{args.folder}: {problems[:1]}, {len(problems)} problem(s)")
         else:
             prepare(**vars(args))
     except (ValueError, OSError, BrokenExecutor) as e:
         print(f"error: {one_line(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command resumes from here", file=sys.stderr)
+        print("stopped; the same command resumes from here, with --overwrite anew", file=sys.stderr)
         return 130
     return 0
 

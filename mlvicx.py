@@ -253,7 +253,7 @@ def select(config, *names):
 class ChannelAttention(nn.Module):
     """Scales every channel by what its global average and its global maximum say about it.
 
-    Args: channels: C; the hidden layer has C / 2. Input and output: (B, C, H, W).
+    Args: channels: C >= 2; the hidden layer has half as many. Input and output: (B, C, H, W).
     Source: authors' code (the channel step of CBAM, an attention block, arXiv:1807.06521).
     """
 
@@ -337,7 +337,7 @@ class Encoder(nn.Module):
     Input: (B, 3, H, W), or (B, 1, H, W) gray, repeated; H, W >= 32.
     Returns: h (B, C5) and a list of five maps: at 224 px (B, 64, 112, 112), (B, 64, 56, 56),
         (B, 128, 28, 28), (B, 256, 14, 14), (B, 512, 7, 7) for ResNet-18.
-    Needs: ContextBottleneck. Source: authors' code (inline); abstract of the paper (side).
+    Needs: ContextBottleneck, LEVELS. Source: authors' code (inline); abstract of the paper (side).
     """
 
     def __init__(self, backbone="resnet18", context="side", attention="both", levels=LEVELS):
@@ -393,7 +393,8 @@ def projector_mlp(inputs, width, final_bn=True):
 
     Args: final_bn: end in BatchNorm (authors' code). What leaves it has a standard deviation of
         sqrt(B / (B - 1)) > 1, so that `variance_loss` is zero until a BatchNorm weight falls below
-        1. False: end in a linear layer without bias; `variance_loss` acts from the start.
+        1 or, in a collapse, what enters it is constant. False: end in a linear layer without bias;
+        `variance_loss` acts from the start.
     Source: authors' code; VICReg (arXiv:2105.04906), section 4.2.
     """
     layers = [
@@ -448,7 +449,7 @@ def aggregate_literal(maps, convs):
     return F.adaptive_avg_pool2d(total, 4)
 
 
-@functools.cache
+@functools.lru_cache(64)
 @torch.inference_mode(False)  # one that is kept from inference mode could not be trained with
 def pool_matrix(height, width, dtype, device):
     """(16, H W): the weight of every pixel of a map in every cell of the 4 x 4 grid.
@@ -520,7 +521,7 @@ class MLVICX(nn.Module):
     Input: view1, view2 (B, 3, H, W).
     Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second is () without
         the multi-level head.
-    Needs: Encoder, GlobalProjector, LocalProjector, project.
+    Needs: Encoder, GlobalProjector, LocalProjector, project, LEVELS.
     """
 
     def __init__(self, embedding_dim=4096, final_bn=True, local=True, levels=LEVELS, **encoder):
@@ -536,9 +537,11 @@ class MLVICX(nn.Module):
             self.local_head = LocalProjector(channels, embedding_dim, final_bn)
 
     def forward(self, view1, view2):
+        if view1.shape != view2.shape:
+            raise ValueError("expected two views of one shape")
         # One pass for each view: BatchNorm sees the statistics of a single view.
         maps1, maps2 = self.encoder.stages(view1), self.encoder.stages(view2)
-        h = torch.cat([maps1[-1].mean((2, 3)), maps2[-1].mean((2, 3))])  # (2 B, C5)
+        h = torch.cat([maps1[-1], maps2[-1]]).mean((2, 3))  # (2 B, C5)
         z_global = project(self.global_head.mlp, h)
         if self.local_head is None:
             return z_global, ()
@@ -596,7 +599,7 @@ def variance_loss(z, gamma=1.0, eps=1e-4):
 def covariance_literal(z):
     """The covariance term by its definition, from the D x D covariance matrix.
 
-    Args: z: (B, D) embeddings of one view.
+    Args: z: (B, D) embeddings of one view. Call it outside of autocast, whose products are rounded.
     Returns: scalar tensor, sum over i != j of cov_ij^2, divided by D.
     Needs: _centred. Source: VICReg (arXiv:2105.04906), eq. 3 and 4.
     """
@@ -688,7 +691,7 @@ def gather(z):
 
     Call it on every embedding before the loss when processes share a batch in equal parts: variance
     and covariance are statistics of the whole batch. The backward pass sums W equal gradients, and
-    the average of DistributedDataParallel divides by W. With one process it returns z.
+    the average of DistributedDataParallel divides by W. Without a process group it returns z.
     Needs: GatherLayer. Source: VICReg's code (FullGatherLayer).
     """
     if not dist.is_initialized():
@@ -702,9 +705,9 @@ def gather(z):
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, layer by layer, to the norm of the weights.
 
-    Args: params: parameters, or groups of them; those of one dimension get neither weight decay
-        nor scaling. trust: the step of a layer over
-        the norm of its weights, at lr 1 and without momentum.
+    Args: params: parameters, or groups of them; those of one dimension or none get neither weight
+        decay nor scaling, and a layer whose weights or gradients are all zero is not scaled. trust:
+        the step of a layer over the norm of its weights, at lr 1 and without momentum.
     Source: LARS (arXiv:1708.03888); authors' code (weight decay 1e-6).
     """
 
@@ -747,11 +750,12 @@ class LARS(torch.optim.Optimizer):
 def cosine_schedule(step, total, warmup, base, floor=0.001):
     """Learning rate of one step: linear warm-up, then a cosine to exactly `floor * base`.
 
-    Args: step: 0 ... total - 1; the last has the floor itself. warmup: steps of warm-up, at most
-        half of all; the first has base / warmup. floor: as a fraction of `base`.
+    Args: step: 0 ... total - 1; the last has the floor itself. warmup: steps of warm-up, less
+        than half of all; the first has base / warmup. floor: as a fraction of `base`.
     Source: VICReg (arXiv:2105.04906), section 4.2; authors' code.
     """
-    warmup = min(round(warmup), total // 2)
+    # Deviation: the warm-up starts at base / warmup, not at 0, and the cosine ends at the floor.
+    warmup = min(round(warmup), (total - 1) // 2)
     if step < warmup:
         return base * (step + 1) / warmup
     if total == 1:
@@ -765,7 +769,10 @@ def cosine_schedule(step, total, warmup, base, floor=0.001):
 
 
 def generator(*keys):
-    """A CPU random generator that is a function of its keys alone, as in (seed, "views", step)."""
+    """A CPU random generator that is a function of its keys alone, as in (seed, "views", step).
+
+    Args: keys: Python's own numbers and texts, of which `repr` is taken.
+    """
     digest = hashlib.sha256(repr(keys).encode()).digest()
     seed = int.from_bytes(digest[:8], "little") >> 1
     return torch.Generator().manual_seed(seed)
@@ -783,8 +790,8 @@ class PreparedData:
     Args: data: name under `root`, or a path.
     Attributes: images, masks (or None): uint8 (N, S, S) tensors over a memory map; labels: float32
         (N, F), NaN where unknown; findings: F names; patient, split, names: (N,) arrays; has_mask:
-        (N,) bool, if there are masks; meta: dict of meta.json; size: S; origin: the command of
-        data_prep.py, "nih", "folder", ...
+        bool tensor (N,), if there are masks; meta: dict of meta.json; size: S; origin: the command
+        of data_prep.py, "nih", "folder", ...
     Raises: UserError if the folder is missing or incomplete, or a patient is in two splits.
     """
 
@@ -815,7 +822,7 @@ class PreparedData:
         self.size = self.images.shape[1]
         if "has_mask" in table:
             self.masks = self._map("masks.npy")
-            self.has_mask = table["has_mask"].to_numpy() == 1
+            self.has_mask = torch.from_numpy(table["has_mask"].to_numpy() == 1)
 
         if not 0 < len(table) == len(self.images) == self.meta["images"]:
             raise ValueError(f"{len(self.images)} images, {len(table)} rows of labels.csv")
@@ -894,6 +901,7 @@ def resize_matrix(start, length, source, size, flip=None):
 
 def resize_images(images, size):
     """Whole images, antialiased bicubic: uint8 (B, S, S) -> float32 (B, size, size) in [0, 1]."""
+    # Deviation: whole images are resized as crops are, bicubic; the authors' are bilinear.
     x = images[:, None].float() / 255
     if x.shape[-1] != size:
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
@@ -902,14 +910,17 @@ def resize_images(images, size):
 
 
 def normalise(x):
-    """Gray (B, H, W) in [0, 1] -> (B, 3, H, W) with ImageNet's mean and standard deviation."""
+    """Gray (B, H, W) in [0, 1] -> (B, 3, H, W) with ImageNet's mean and standard deviation.
+
+    Needs: IMAGENET_MEAN, IMAGENET_STD.
+    """
     channels = [(x - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
     x = torch.stack(channels, -1)  # (B, H, W, 3)
     return x.permute(0, 3, 1, 2)  # channels-last memory, as the encoder takes it
 
 
 def rotate(x, angle):
-    """Rotates images (B, H, W) by (B,) degrees, counter-clockwise, bilinear, black outside."""
+    """Rotates images (B, S, S) by (B,) degrees, counter-clockwise, bilinear, black outside."""
     angle = angle.deg2rad().to(x)
     cos, sin, zero = angle.cos(), angle.sin(), 0 * angle
     rows = [torch.stack(row, 1) for row in ([cos, -sin, zero], [sin, cos, zero])]
@@ -937,7 +948,7 @@ class RandomViews:
     In this order: rotation; crop, flip and antialiased bicubic resize, which are one pair of small
     matrices, rows @ image @ columns.T; brightness and contrast (probability 0.8, in random order);
     blur (23 taps; always on view 1, with probability 0.1 on view 2); solarize (view 2). Parameters
-    are drawn for each image on the CPU, so that they depend on the generator alone.
+    are drawn on the CPU: they depend on the generator and the number of images, not on pixels.
 
     Args: size: side of the views. crop_min: smallest fraction of the area. flip, solarize:
         probabilities. jitter: strength, at most 1. blur: largest sigma in pixels (smallest 0.1).
@@ -947,6 +958,7 @@ class RandomViews:
     """
 
     # Deviation: one gray channel, without hue, saturation and grayscale, which change nothing.
+    # Deviation: the blur has 23 taps at every size; the authors' has fewer below 220 px.
 
     size: int
     crop_min: float = 0.08
@@ -958,7 +970,7 @@ class RandomViews:
     identical_views: bool = False
 
     def draw(self, batch, source, rng):
-        """Parameters of both views, from the random generator alone.
+        """Parameters of both views.
 
         Args: batch: B. source: side of the images in pixels.
         Returns: a dict of (2, B) tensors; row 0 belongs to view 1, row 1 to view 2.
@@ -1147,7 +1159,9 @@ def provenance():
 
 
 def file_hash(path):
-    """The SHA-256 of a file."""
+    """The SHA-256 of a file; of what is none ("random", "imagenet"), its name."""
+    if not Path(path).is_file():
+        return path
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -1165,27 +1179,32 @@ def run_settings(config, data, **more):
 def open_run(folder, settings, overwrite=False):
     """Makes a run folder, or opens one that holds the same run: its config.json says which.
 
-    Raises: UserError if it holds another run, or files that are not of a run.
+    Raises: UserError if it holds another run, or files that are not of a run. What another command
+        has written is never replaced: it may be the encoder that this one evaluates.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "config.json"
+    record, found = folder / "config.json", settings
     own = [path for pattern in OWN_FILES.split() for path in folder.glob(pattern)]
-    # Ours has settings; another program's config.json may not even be JSON.
-    ours = record.exists() and '"settings": {' in record.read_text()
-    require(ours or not record.exists(), f"{record} is not of a run; give another --out")
-    if not ours:
+    if record.exists():
+        try:
+            found = json.loads(record.read_text())["settings"]
+            ours = found["kind"] == settings["kind"]
+        except (ValueError, LookupError, TypeError):  # a file of another program
+            ours = False
+        require(ours, f"{record} is not of a run of this command; give another --out")
+    else:
         require(not own, f"{own} are not of a run, but would be replaced; give another --out")
-    elif overwrite:
-        for path in [*own, record]:  # the record last: without it, the others are not ours
+    if overwrite:
+        for path in own:
             path.unlink()
+        found = settings
 
-    if not record.exists():
-        write_json(record, dict(provenance(), settings=settings))
-    found = json.loads(record.read_text())["settings"]
     for name, value in settings.items():
         text = f"{folder} holds a run with {name} = {found.get(name)}, now {value}"
         advice = "give --overwrite to start again, or another --out"
         require(found.get(name) == value, f"{text}; {advice}")
+    if overwrite or not record.exists():
+        write_json(record, dict(provenance(), settings=settings))
 
 
 # ---- device and processes
@@ -1289,9 +1308,10 @@ def auroc(scores, labels, weights=None):
 
     Ties count half. Scores 1, 2, 3 with labels 0, 1, 0: the positive case is above one of the two
     negative ones, so the area is 0.5.
-    Args: scores: (n,) array, NaN where there is none. labels: (n,) array of 0, 1, NaN (unknown).
-        Cases with a NaN are left out. weights: (n,) or (R, n), how often each case counts.
-    Returns: a number, or R of them; NaN if one class is missing.
+    Args: scores: (n,) array, compared in float32; NaN where there is none. labels: (n,) array of
+        0, 1, NaN (unknown). Cases whose score is not finite or whose label is neither 0 nor 1 are
+        left out. weights: (n,) or (R, n) array, how often each case counts.
+    Returns: a number, or R of them; NaN if one class is missing. All pairs are in memory.
     """
     scores, labels = np.asarray(scores, np.float32), np.asarray(labels)
     if weights is None:
@@ -1313,7 +1333,7 @@ def finding_aurocs(scores, labels, weights=None):
     """AUROC of every finding, and first of all their mean over those with both classes.
 
     Args: scores, labels: (n, F) arrays or tensors. weights: as in `auroc`.
-    Returns: (1 + F,) or (R, 1 + F) array with NaN for undefined.
+    Returns: (1 + F,) or (R, 1 + F) array with NaN for undefined. Needs: auroc.
     """
     columns = zip(np.asarray(scores).T, np.asarray(labels).T, strict=True)
     areas = [auroc(s, y, weights) for s, y in columns]
@@ -1326,7 +1346,10 @@ def finding_aurocs(scores, labels, weights=None):
 
 
 def mean_auroc(scores, labels):
-    """Mean AUROC over the findings that have both classes: (n, F), (n, F) -> a number."""
+    """Mean AUROC over the findings that have both classes: (n, F), (n, F) -> a number.
+
+    Needs: finding_aurocs.
+    """
     return finding_aurocs(scores, labels)[0]
 
 
@@ -1337,6 +1360,7 @@ def predict(model, images, rows, size, amp="auto", batch_size=128):
     Args: images: uint8 (N, S, S). rows: (n,) int64 rows of it. size: side the network sees.
     Returns: (n, ...); of an Encoder its representation (n, C5).
     Raises: UserError if one of them is not finite.
+    Needs: prefetch, normalise, resize_images, autocast, resolve_amp, require, UserError.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -1381,9 +1405,10 @@ def knn_auroc(config, encoder, data):
 
 
 def effective_rank(z):
-    """exp(entropy of the normalised singular values) of centred embeddings (B, D); 0 if constant.
+    """exp(entropy of the normalised singular values) of centred embeddings (B, D).
 
-    Source: RankMe (arXiv:2210.02885).
+    It is 0 if they are constant, up to a spread of 1e-6.
+    Needs: _centred. Source: RankMe (arXiv:2210.02885).
     """
     zc = _centred(z.double())
     # The squares of the singular values are the eigenvalues of a (B, B) matrix, found faster.
@@ -1430,10 +1455,11 @@ def pretraining_rows(data, exclude_ids="", include_val=False):
     if include_val:
         rows = data.indices("train", "val")
     if exclude_ids:
-        lines = Path(exclude_ids).read_text().splitlines()
+        lines = Path(exclude_ids).read_text("utf-8-sig").splitlines()
         banned = is_in(data.names, [line.strip() for line in lines])
-        expected = f"{exclude_ids}: expected names of labels.csv, one a line; found {lines[:1]}"
-        require(banned.any(), f"{expected}, and no line that names an image")
+        found = f"{exclude_ids}: {len(lines)} lines, which name {int(banned.sum())} images"
+        require(banned.any(), f"{found}; expected names of labels.csv, one a line")
+        print(found)
         rows = rows[~banned[rows]]
     require(len(rows) > 1, f"{data.folder} has no two images to train on; prepare more of them")
     return rows, val[torch.randperm(len(val), generator=generator("monitor"))]
@@ -1671,11 +1697,13 @@ def open_training(config, data, images, parts):
     Returns: the path of the folder, and the state.
     """
     folder = Path(config.out or f"runs/{data.folder.name}")
-    if processes()[0] == 0:
+    first = processes()[0] == 0
+    if first:
         open_run(folder, run_settings(config, data, images=images), config.overwrite)
+    wait_for_all()  # until the folder is there, and all processes hear stop signals
+    if first:
         about = dict(select(config, "batch_size", "amp"), images=images)
         print(f"{folder}: {about}", flush=True)
-    wait_for_all()  # until the folder is there
     return folder, resume(folder, parts)
 
 
@@ -1753,16 +1781,15 @@ def load_module(path, name):
     # Deviation: a file that does not fit is an error; context-bottlenecks are kept in evaluation.
     # The authors' code goes on with a random encoder, and drops the blocks.
     state = load_checkpoint(path)
-    held = f"{path} holds {sorted(state)}; expected a file like {name}.pt"
-    require({name, "arch"} <= set(state), held)
-    module = Encoder(**state["arch"])
-    if name == "classifier":
-        module = Classifier(module, len(state["findings"]))
     try:
+        module = Encoder(**state["arch"])
+        if name == "classifier":
+            module = Classifier(module, len(state["findings"]))
         module.load_state_dict(state[name])
-    except RuntimeError as e:
+    except Exception as e:  # whatever the file of another program makes them raise
         reason = " ".join(str(e).split())[:300]
-        raise UserError(f"{path} is of another architecture: {reason}") from e
+        text = f"{path} is not a file like {name}.pt, or of another architecture"
+        raise UserError(f"{text} ({type(e).__name__}: {reason})") from e
     return module, state
 
 
@@ -1789,7 +1816,7 @@ def load_encoder(weights, seed=0, backbone="resnet18", context="side", attention
 def label_subset(data, fraction, seed=0):
     """Training rows whose labels are used: the first patients in an order that depends on `seed`.
 
-    Subsets are nested, and the same for every method.
+    Subsets are nested, and the same for every method. Needs: is_in.
     """
     # Deviation: label subsets are drawn by patient, not by image.
     rows = data.indices("train")
@@ -1801,11 +1828,13 @@ def label_subset(data, fraction, seed=0):
 
 
 def warn_overlap(seen, evaluated):
-    """Says where weights may have seen the test images, unlabelled, in their pre-training."""
+    """Says where weights may have seen the test images, unlabelled, in their pre-training.
+
+    Args: seen: origins of the images of pre-training, if it is known. evaluated: origin of the set.
+    """
     of_nih = {"nih", "chestmnist", "rsna", "siim"}  # whose images are NIH's
-    others = (of_nih & set(seen)) - {evaluated}
-    if evaluated in of_nih and others:
-        text = f"{evaluated} holds NIH images, as {', '.join(sorted(others))} does"
+    if seen and evaluated not in seen and {evaluated, *seen} <= of_nih:
+        text = f"{evaluated} holds NIH images, as {seen[0]} does"
         print(f"warning: {text}: these weights may have seen its test images", file=sys.stderr)
 
 
@@ -1834,12 +1863,15 @@ def masked_bce(logits, labels):
 def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
     """Logistic regression on frozen features; the L2 strength with the best validation mean AUROC.
 
+    Minimises, for every finding, the mean cross-entropy of the known labels + strength / 2 |w|^2 on
+    standardised features (in scikit-learn, C = 1 / (strength n)).
     Args:
-        x, x_val: (n, C) float32 features. y, y_val: (n, F) labels of 0, 1, NaN.
-        strengths: L2 penalties on standardised features, strongest first; warm starts.
-    Returns: weight (F, C) and bias (F,) for the features as they come. Source: authors' code.
+        x, x_val: (n, C) float32 features. y, y_val: (n, F) float labels of 0, 1, NaN.
+        strengths: strongest first; each starts from the one before; at most 40 iterations.
+    Returns: weight (F, C) and bias (F,) for the features as they come.
+    Needs: masked_bce, mean_auroc. Source: authors' code.
     """
-    # Deviation: the linear probe is solved by L-BFGS, not by AdamW.
+    # Deviation: the linear probe has an L2 penalty and is solved by L-BFGS, not by AdamW.
     mean, std = x.mean(0), x.std(0, correction=0)
     std = std.clamp(min=1e-3 * float(std.mean()) + 1e-12)
     x, x_val = (x - mean) / std, (x_val - mean) / std
@@ -1891,6 +1923,7 @@ class Segmenter(nn.Module):
             self.blocks.append(block)
             below = width
         self.head = nn.Conv2d(below, 1, 1)
+        self.train()  # the encoder too, unless it is frozen
 
     def train(self, mode=True):
         super().train(mode)
@@ -1908,7 +1941,7 @@ class Segmenter(nn.Module):
 
 
 def segmentation_loss(logits, mask):
-    """BCE + soft Dice of the whole batch: (B, H, W) logits and 0/1 masks -> scalar."""
+    """BCE + soft Dice of the whole batch: (B, H, W) logits and 0/1 masks, float32 -> scalar."""
     p = logits.sigmoid()
     both = (p * mask).sum()
     dice = (2 * both + 1) / (p.sum() + mask.sum() + 1)
@@ -1923,7 +1956,10 @@ def mask_counts(predicted, mask):
 
 
 def segmentation_counts(logits, masks, threshold=0.5):
-    """`mask_counts` of logits (n, H, W), with masks (n, S, S) resized as the images are."""
+    """`mask_counts` of logits (n, H, W), with masks (n, S, S) resized as the images are.
+
+    Needs: mask_counts, resize_images.
+    """
     truth = resize_images(255 * masks, logits.shape[-1]) > 0.5
     return mask_counts(logits.sigmoid() > threshold, truth).numpy()
 
@@ -1934,14 +1970,14 @@ DICE_NAMES = ("dice_all", "dice_positive", "dice_pooled", "dice_blank", "iou_poo
 def dice_metrics(counts, weights=None):
     """Five scores of overlap from the `mask_counts` (n, 3) of images that count `weights` times.
 
-    Args: weights: (n,) or (R, n) array.
+    Args: counts: array or tensor. weights: (n,) or (R, n) array.
     Returns: (5,) or (R, 5) array, as DICE_NAMES: Dice of all images (empty and empty = 1); of
         images with a mask; of all pixels pooled; of predicting nothing, over all images; pooled
         intersection over union.
     """
     if weights is None:
         weights = np.ones(len(counts))
-    both, predicted, true = counts.T.astype(float)
+    both, predicted, true = np.asarray(counts, float).T
     total, has_mask = predicted + true, true > 0
     every = np.ones(len(counts))
     dice = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)  # of each image
@@ -1953,7 +1989,10 @@ def dice_metrics(counts, weights=None):
 
 
 def pooled_dice(logits, masks, threshold=0.5):
-    """Pooled Dice; 1 where there is nothing to find and nothing found."""
+    """Pooled Dice; 1 where there is nothing to find and nothing found.
+
+    Needs: segmentation_counts, dice_metrics.
+    """
     counts = segmentation_counts(logits, masks, threshold)
     return np.nan_to_num(dice_metrics(counts)[2], nan=1.0)
 
@@ -1985,9 +2024,11 @@ def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
         crop_min: smallest crop; images are also flipped, and rotated by up to 15 degrees.
         loss: (logits, targets) -> tensor, averaged. score: (logits, targets) -> number, of all
             validation images. key: tuple of plain values that decides order and augmentation.
+    Needs: RandomViews, augment, generator, predict and what these need.
     Source: authors' code (weight decay 0, clip 1.0, T0 = 10 doubling, floor 1e-6, patience 10).
     """
     # Deviation: no image is dropped, and validation images are never flipped.
+    # Deviation: the warm restarts advance with every batch, not with every epoch.
     found = f"training needs two labelled images, found {len(rows)}; give more --labels"
     require(len(rows) > 1, found)  # BatchNorm needs two
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -2033,55 +2074,56 @@ def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
 def prepare_evaluation(config, task):
     """What `classify` and `segment` need, checked before any work.
 
-    Returns: the configuration with the precision that "auto" means, dataset, device, run folder.
+    Returns: the configuration with the precision that "auto" means, dataset, device, run folder,
+        and the settings of the run, with architecture and SHA-256 of every encoder.
     """
     require(config.batch_size > 0, "--batch-size: expected 1 or more, found 0")
-    device, names = setup(config.device), []
+    device, names, encoders, hashes = setup(config.device), [], [], []
     draw_demo(config)
     data = PreparedData(config.data, config.data_root)
     for split in ("train", "val", "test"):
         text = f"{data.folder} has no {split} images; prepare it with a {split} split"
         require(len(data.indices(split)), text)
     for weights in config.weights.split(","):
-        _, about = load_encoder(weights, 0, config.backbone)  # to fail early, if it must
+        architecture = select(config, "backbone", "context", "attention")
+        hashes.append(file_hash(weights))
+        encoder, about = load_encoder(weights, **architecture)  # to fail early, if it must
+        encoders.append(encoder.arch)
         warn_overlap(about.get("data", ()), data.origin)
         names.append(Path(weights).parent.name or weights)
     fractions = ",".join(f"{fraction:g}" for fraction in config.labels)
     words = [data.folder.name, task, config.mode, "+".join(names), fractions]
     config = replace(config, amp=resolve_amp(device, config.amp))
-    return config, data, device, Path(config.out or "runs/" + "-".join(words))
+    settings = run_settings(config, data, encoders=encoders, weights_sha256=hashes)
+    return config, data, device, Path(config.out or "runs/" + "-".join(words)), settings
 
 
-def weights_hash(weights):
-    """The SHA-256 of a weight file; "random" and "imagenet" as they are."""
-    if not Path(weights).is_file():
-        return weights
-    return file_hash(weights)
-
-
-def run_units(config, data, device, folder, run_unit):
+def run_units(config, data, device, folder, settings, run_unit):
     """Runs a unit for each encoder of --weights, each seed and each label fraction.
 
-    What a unit finds is kept in a file, unit-FRACTION-ENCODER-SEED-HASH.npy, so that a command that
-    was stopped reads it back. The hash is that of the weights; other settings or data are refused
-    by `open_run`. Every encoder gets the same label subsets; each "random" is another one.
+    What a unit finds is kept in a file, unit-FRACTION-ENCODER-SEED.npy, so that a command that was
+    stopped reads it back. Other settings, data or weights are refused by `open_run`. Every encoder
+    gets the same label subsets; each "random" is another one.
     Args: run_unit: function (encoder, source, rows, seed) -> array, where `source` tells encoders
         apart and `rows` are the training rows whose labels may be used.
     Returns: label fraction -> list of arrays, in the order of weights and seeds.
+    Raises: UserError if a weight file changes meanwhile, as during its training.
     """
-    open_run(folder, run_settings(config, data), config.overwrite)
+    open_run(folder, settings, config.overwrite)
     results = {fraction: [] for fraction in config.labels}
     for index, weights in enumerate(config.weights.split(",")):
         for seed in range(config.seed, config.seed + config.seeds):
             encoder_seed = seed + index * config.seeds
-            source = weights_hash(weights)
+            source = weights
             if source == "random":
                 source = f"random{encoder_seed}"
             for fraction in config.labels:
-                path = folder / f"unit-{fraction:g}-{index}-{seed}-{source}.npy"
+                path = folder / f"unit-{fraction:g}-{index}-{seed}.npy"
                 if not path.exists():
                     architecture = select(config, "backbone", "context", "attention")
                     encoder, _ = load_encoder(weights, encoder_seed, **architecture)
+                    same = file_hash(weights) == settings["weights_sha256"][index]
+                    require(same, f"{weights} has changed since the start; run this again")
                     encoder = encoder.to(device, memory_format=torch.channels_last)
                     torch.manual_seed(seed)
                     found = run_unit(encoder, source, label_subset(data, fraction, seed), seed)
@@ -2100,7 +2142,8 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
         runs: an array for each. patients: (n,). metric: (run, weights (..., n)) -> (..., M)
             numbers, where the weights say how often each image counts. encoders: how many there
             are; `runs` has those of the first, then of the second, ... repeats: R, draws.
-    Returns: M dicts {"mean", "std", "ci95"}; None where undefined.
+    Returns: M dicts {"mean", "std", "ci95"}; None where undefined. Draws in which a number is
+        undefined, as without a positive image, do not count.
     """
     # Every draw takes as many patients as there are, with replacement.
     names, member = np.unique(patients.astype(str), return_inverse=True)
@@ -2117,16 +2160,13 @@ def interval(runs, patients, metric, encoders=1, repeats=1000):
     table = np.array([values.mean(0), std, low, high]).T  # (M, 4)
     table = table.astype(object)
     table[pd.isna(table)] = None
-    found = []
-    for mean, std, *ci95 in table:
-        found.append({"mean": mean, "std": std, "ci95": ci95})
-    return found
+    return [{"mean": mean, "std": std, "ci95": ci95} for mean, std, *ci95 in table]
 
 
-def write_results(folder, task, config, data, val, tests):
+def write_results(folder, task, config, settings, val, tests):
     """Writes results.json and prints its intervals.
 
-    Args: val: rows that chose the recipe. tests: label fraction -> its results.
+    Args: settings: of the run. val: rows that chose the recipe. tests: fraction -> its results.
     The results of one fraction stand under "test"; of several, under "test" and their fractions.
     Returns: the dict written.
     """
@@ -2135,8 +2175,7 @@ def write_results(folder, task, config, data, val, tests):
     if len(tests) == 1:
         fraction = config.labels[0]
         results.update(labels=fraction, test=tests[fraction])
-    results["weights_sha256"] = [weights_hash(weights) for weights in config.weights.split(",")]
-    results.update(settings=run_settings(config, data), provenance=provenance())
+    results.update(settings=settings, provenance=provenance())
     write_json(folder / "results.json", results)
 
     table = pd.DataFrame()
@@ -2164,7 +2203,7 @@ def choose_findings(data, findings):
     """Names of the findings to evaluate, and their labels (N, F). Args: findings: "A,B" or ""."""
     names = data.findings
     if findings:
-        names = findings.split(",")
+        names = list(dict.fromkeys(findings.split(",")))  # none twice
     known = names and set(names) <= set(data.findings)
     require(known, f"{data.folder} has the findings {data.findings}; wanted: {findings or 'any'}")
     labels = data.labels[:, [data.findings.index(name) for name in names]]
@@ -2176,12 +2215,17 @@ def choose_findings(data, findings):
 
 
 def classification_results(runs, labels, patients, names, encoders):
-    """The "test" part of results.json. Args: runs: scores (n, F) of every encoder and seed."""
+    """The "test" part of results.json. Args: runs: scores (n, F) of every encoder and seed.
+
+    A finding that one of the runs could not learn, whose scores are NaN, is undefined in all.
+    """
     from sklearn.metrics import average_precision_score  # here, for it takes a second
 
     def metric(run, weights):
         return finding_aurocs(run, labels, weights)
 
+    runs = np.array(runs)  # (runs, n, F)
+    runs[:, :, np.isnan(runs).any((0, 1))] = np.nan
     mean, *each = interval(runs, patients, metric, encoders)
     per_finding = {}
     for f, name in enumerate(names):
@@ -2204,7 +2248,8 @@ def classify(config):
     classifier.pt, for `predict`, is the last one trained.
     Args: config: ClassifyConfig. Returns: the dict of results.json.
     """
-    config, data, device, folder = prepare_evaluation(config, "classify")
+    run = prepare_evaluation(config, "classify")
+    config, data, device, folder, settings = run
     names, labels = choose_findings(data, config.findings)
     val, test = data.indices("val"), data.indices("test")
     features = {}  # of the last encoder, of all images
@@ -2238,10 +2283,10 @@ def classify(config):
 
     tests, patients = {}, data.patient[test.numpy()]
     y = labels[test].numpy()
-    encoders = len(config.weights.split(","))
-    for fraction, runs in run_units(config, data, device, folder, run_unit).items():
+    encoders = len(settings["encoders"])
+    for fraction, runs in run_units(*run, run_unit).items():
         tests[fraction] = classification_results(runs, y, patients, names, encoders)
-    return write_results(folder, "classify", config, data, val, tests)
+    return write_results(folder, "classify", config, settings, val, tests)
 
 
 # ---- segmentation
@@ -2255,18 +2300,19 @@ def segment(config):
     `has_mask` are used.
     Args: config: SegmentConfig. Returns: the dict of results.json.
     """
-    config, data, device, folder = prepare_evaluation(config, "segment")
+    run = prepare_evaluation(config, "segment")
+    config, data, device, folder, settings = run
     require(data.masks is not None, f"{data.folder} has no masks.npy; segment needs masks")
     masked = {}
     for split in ("train", "val", "test"):
         rows = data.indices(split)
-        masked[split] = rows[torch.from_numpy(data.has_mask[rows.numpy()])]
+        masked[split] = rows[data.has_mask[rows]]
         require(len(masked[split]), f"{data.folder} has no mask of a {split} image")
     val, test = masked["val"], masked["test"]
 
     def run_unit(encoder, source, rows, seed):
         model = Segmenter(encoder, config.mode == "frozen").to(device)
-        rows = rows[torch.from_numpy(data.has_mask[rows.numpy()])]
+        rows = rows[data.has_mask[rows]]
         given = (model, data.images, data.masks, rows, val, 0.8)
         fit(config, *given, segmentation_loss, pooled_dice, (seed, "segment"))
         logits = predict(model, data.images, val, config.size, config.amp)
@@ -2276,11 +2322,11 @@ def segment(config):
         return segmentation_counts(logits, data.masks[test], thresholds[np.argmax(dices)])
 
     patients, tests = data.patient[test.numpy()], {}
-    encoders = len(config.weights.split(","))
-    for fraction, runs in run_units(config, data, device, folder, run_unit).items():
+    encoders = len(settings["encoders"])
+    for fraction, runs in run_units(*run, run_unit).items():
         found = interval(runs, patients, dice_metrics, encoders)
         tests[fraction] = dict(zip(DICE_NAMES, found, strict=True))
-    return write_results(folder, "segment", config, data, val, tests)
+    return write_results(folder, "segment", config, settings, val, tests)
 
 
 # ---- heatmaps
@@ -2298,8 +2344,7 @@ def gradcam(model, images, finding):
     last = model.encoder.stages(images)[-1]
     weight = model.fc.weight[finding][:, None, None]
     cam = F.relu((weight * last).sum(1, keepdim=True))  # (B, C5, h, w) -> (B, 1, h, w)
-    cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear")
-    cam = cam[:, 0]
+    cam = F.interpolate(cam, size=images.shape[2:], mode="bilinear")[:, 0]
     return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
@@ -2350,14 +2395,13 @@ def export(config):
     Raises: UserError for inline blocks without --drop-context: they are part of the function.
     """
     encoder, _ = load_encoder(config.weights)
-    if encoder.arch["context"] == "inline" and not config.drop_context:
-        reason = "has inline context-bottlenecks, without which a ResNet computes other features"
-        raise UserError(f"{config.weights} {reason}; --drop-context writes it all the same")
+    allowed = encoder.arch["context"] != "inline" or config.drop_context
+    text = "has inline context-bottlenecks, without which a ResNet computes other features"
+    require(allowed, f"{config.weights} {text}; --drop-context writes it all the same")
     require(not Path(config.out).exists(), f"{config.out} exists; give another --out")
-    state = encoder.state_dict()
+    encoder.context = nn.ModuleDict()
     with replacing(config.out) as f:
-        kept = {k: state[k] for k in state if not k.startswith("context.")}
-        torch.save(kept, f)
+        torch.save(encoder.state_dict(), f)
     print(f"written: {config.out} ({encoder.arch['backbone']}, torchvision names, without fc)")
 
 
