@@ -595,7 +595,7 @@ class Listing:
     allow_missing: bool = True  # missing images are listed instead of refused
     boxes: pd.DataFrame | None = None  # columns BOX, in source pixels
     box_side: int | None = None  # boxes are in pixels of such a square, whatever the file's size
-    masks: list | None = None  # one a row: path, tuple of RLE texts, or None
+    masks: list | None = None  # one a row: path, tuple of RLE texts (of GRID pixels a side), None
     sources: object = ()  # pairs of row and file, (H, W) uint8 or draw_phantom's arguments
     size: int = 256  # S, unless another is asked for
     extra: dict = field(default_factory=dict)  # for meta.json
@@ -1215,7 +1215,8 @@ def list_vinbig(raw=None, readers="majority", allow_missing=False):
         readers: a finding is present if `any` reader, or the `majority` of them, saw it.
         raw, allow_missing: as for `list_nih`.
     Returns: `Listing`, with all boxes of the findings that are present. PhysioNet's test set is
-        kept; Kaggle's images are split by image.
+        kept; Kaggle's images are split by image. Boxes are in pixels of the published files: with
+        copies of another size they are wrong, labels are not.
     """
     units = ["image"]
     lists = [Path(raw, "train.csv")]
