@@ -58,12 +58,16 @@ except ImportError:  # Windows: two preparations of one set are not told apart
 MIN_SIDE, MAX_PIXELS, MAX_BYTES = 16, 50_000_000, 256 << 20
 FORMATS = "PNG JPEG BMP WEBP".split()
 ORIENTATION = 0x0112  # number of the EXIF tag
-# Little endian, JPEG, JPEG lossless, JPEG-LS, JPEG 2000, RLE. Not deflated, which would be inflated
-# before the sizes inside can be checked.
-TRANSFER_SYNTAXES = """1.2.840.10008.1.2 1.2.840.10008.1.2.1
-1.2.840.10008.1.2.4.50 1.2.840.10008.1.2.4.51 1.2.840.10008.1.2.4.57 1.2.840.10008.1.2.4.70
-1.2.840.10008.1.2.4.80 1.2.840.10008.1.2.4.81 1.2.840.10008.1.2.4.90 1.2.840.10008.1.2.4.91
-1.2.840.10008.1.2.5""".split()
+# A line each: little endian, JPEG, JPEG lossless, JPEG-LS, JPEG 2000, RLE. Not deflated, which
+# would be inflated before the sizes inside can be checked.
+TRANSFER_SYNTAXES = """
+1.2.840.10008.1.2 1.2.840.10008.1.2.1
+1.2.840.10008.1.2.4.50 1.2.840.10008.1.2.4.51
+1.2.840.10008.1.2.4.57 1.2.840.10008.1.2.4.70
+1.2.840.10008.1.2.4.80 1.2.840.10008.1.2.4.81
+1.2.840.10008.1.2.4.90 1.2.840.10008.1.2.4.91
+1.2.840.10008.1.2.5
+""".split()
 
 
 class PrepError(ValueError):
@@ -256,27 +260,15 @@ def _display(levels, ds):
 PHANTOM_COARSE = ("Cardiomegaly", "Effusion", "Consolidation")
 PHANTOM_FINE = ("Nodule", "Pneumothorax", "Fibrosis")
 PHANTOM_FINDINGS = PHANTOM_COARSE + PHANTOM_FINE
-# One entry a hospital. `prevalence` is in the order of PHANTOM_FINDINGS (Fibrosis is the rare one),
-# `dark` the optical depth shown as middle gray, `slope` the contrast of the film around it.
+# One entry a hospital. `dark` is the optical depth shown as middle gray, `slope` the contrast of the
+# film around it; the prevalence is in the order of PHANTOM_FINDINGS (Fibrosis is the rare one).
 PHANTOM_SITES = {
-    "a": SimpleNamespace(
-        code=0,
-        prevalence=(0.13, 0.21, 0.17, 0.17, 0.11, 0.04),
-        fat=0.06,
-        dark=1.45,
-        slope=1.9,
-        scatter=0.10,
-        noise=0.028,
-    ),
-    "b": SimpleNamespace(
-        code=1,
-        prevalence=(0.20, 0.25, 0.09, 0.10, 0.06, 0.08),
-        fat=0.13,
-        dark=1.20,
-        slope=1.5,
-        scatter=0.18,
-        noise=0.045,
-    ),
+    "a": SimpleNamespace(code=0, fat=0.06, dark=1.45, slope=1.9, scatter=0.10, noise=0.028),
+    "b": SimpleNamespace(code=1, fat=0.13, dark=1.20, slope=1.5, scatter=0.18, noise=0.045),
+}
+PREVALENCE = {
+    "a": (0.13, 0.21, 0.17, 0.17, 0.11, 0.04),
+    "b": (0.20, 0.25, 0.09, 0.10, 0.06, 0.08),
 }
 # Range of each measure of a patient, in half image widths where it is a length.
 BUILD = dict(
@@ -317,7 +309,7 @@ def phantom_case(seed, index, site="a"):
     today = math.sqrt(1 - 0.35**2 - 0.6**2) * rng.standard_normal(6)
     normal = 0.35 * risk[6] + 0.6 * risk[:6] + today
     severity = {}
-    for name, value, share in zip(PHANTOM_FINDINGS, normal, place.prevalence, strict=True):
+    for name, value, share in zip(PHANTOM_FINDINGS, normal, PREVALENCE[site], strict=True):
         # The tail of a normal is uniform in (0, 1): below the share the finding is there, and
         # deeper is worse.
         tail = math.erfc(value / math.sqrt(2)) / 2
@@ -816,10 +808,11 @@ def rle_decode(text, rows, columns):
 # ================================================================================================
 # 4. The prepared folder
 # ================================================================================================
-# Bytes before the pixels of a .npy file; images written at a time.
+# Bytes before the pixels of a .npy file; images written at a time; all that a folder may hold.
 HEADER, BATCH = 128, 64
-FILES = """images.npy masks.npy labels.csv boxes.csv rejected.csv hashes.csv meta.json
-progress.jsonl""".split()
+FILES = """
+images.npy masks.npy labels.csv boxes.csv rejected.csv hashes.csv meta.json progress.jsonl
+""".split()
 
 
 def file_digest(path, kind="sha256"):
@@ -863,8 +856,8 @@ def prepare_picture(task, size):
         if isinstance(mask, str):
             mask = read_gray(mask)
         elif isinstance(mask, tuple):
-            parts = [rle_decode(text, GRID, GRID) for text in ("", *mask)]  # "": blank
-            mask = np.any(parts, axis=0)
+            # The union of the regions; the text "" is a blank mask, for an image without one.
+            mask = np.any([rle_decode(text, GRID, GRID) for text in ("", *mask)], axis=0)
         if mask is not None:  # of 0/1 or 0/255
             shrunk = resize_xray(np.uint8(255) * (mask > mask.max() / 2), size) // 128
     except ValueError as e:
@@ -891,9 +884,9 @@ def _start_worker():
 def _worker_pool(workers):
     """The `map` of processes that import this module alone, started anew on every system."""
     # A new process imports the main module of the old one, which may be mlvicx.py with torch.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
     main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
     try:
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
         yield functools.partial(pool.map, chunksize=4)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -1001,6 +994,7 @@ def write_prepared(listing, out, options, size=None, workers=1):
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
     if out.exists():
+        check_own(out)  # again: files may have come meanwhile
         shutil.rmtree(out)
     os.replace(folder, out)
     (out / "progress.jsonl").unlink()
@@ -1094,7 +1088,7 @@ def list_folder(raw=None, csv=None, findings=None, uncertain="blank"):
         path = None
         if name:
             found = files.find("masks/" + name.removeprefix("masks/"))
-            path = f"found {found}"  # not one file: rejected when it is read
+            path = f"{name}: {found}"  # not one file: no such path, so that it is rejected
             if len(found) == 1:
                 path = files.paths[found[0]]
                 files.spare.pop(found[0], None)

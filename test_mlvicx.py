@@ -2602,11 +2602,11 @@ def test_a_finding_changes_the_picture_where_its_box_is(monkeypatch):
 
 
 def test_prevalence_and_images_a_patient_are_as_stated():
-    for site, place in dp.PHANTOM_SITES.items():
+    for site, shares in dp.PREVALENCE.items():
         cases = [dp.phantom_case(5, k, site) for k in range(4000)]
         findings = pd.DataFrame([dp.phantom_findings(severity) for _, _, severity, _ in cases])
         rates = findings[[*dp.PHANTOM_FINDINGS]].mean()
-        assert np.allclose(rates, place.prevalence, atol=0.03)
+        assert np.allclose(rates, shares, atol=0.03)
         patients = [(patient, body.heart) for patient, body, *_ in cases]
         sizes = [len([*group]) for _, group in itertools.groupby(patients)]  # consecutive
         assert len(sizes) == len(set(patients)) == len({name for name, _ in patients})
