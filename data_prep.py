@@ -260,8 +260,8 @@ def _display(levels, ds):
 PHANTOM_COARSE = ("Cardiomegaly", "Effusion", "Consolidation")
 PHANTOM_FINE = ("Nodule", "Pneumothorax", "Fibrosis")
 PHANTOM_FINDINGS = PHANTOM_COARSE + PHANTOM_FINE
-# One entry a hospital. `dark` is the optical depth shown as middle gray, `slope` the contrast of the
-# film around it; the prevalence is in the order of PHANTOM_FINDINGS (Fibrosis is the rare one).
+# One entry a hospital. `dark` is the optical depth shown as middle gray, `slope` the contrast of
+# the film around it; the prevalence is in the order of PHANTOM_FINDINGS (Fibrosis is the rare one).
 PHANTOM_SITES = {
     "a": SimpleNamespace(code=0, fat=0.06, dark=1.45, slope=1.9, scatter=0.10, noise=0.028),
     "b": SimpleNamespace(code=1, fat=0.13, dark=1.20, slope=1.5, scatter=0.18, noise=0.045),
