@@ -56,6 +56,7 @@ from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+ARCHITECTURE = ("backbone", "context", "attention")  # settings of the encoder
 LEVELS = (1, 2, 3, 4, 5)  # 1: the stem; 2 to 5: layer1 to layer4 of the ResNet
 
 
@@ -547,7 +548,7 @@ class MLVICX(nn.Module):
             return z_global, ()
 
         # Blocks and pooling treat every image by itself: both views go through them together.
-        maps = [torch.cat(pair) for pair in zip(maps1, maps2, strict=True)]  # (2 B, C_k, H_k, W_k)
+        maps = [torch.cat(pair) for pair in zip(maps1, maps2)]  # (2 B, C_k, H_k, W_k)
         maps = self.encoder.refine(maps)
         pooled = self.local_head.pool([maps[level - 1] for level in self.levels])  # (2 B, ...)
         return z_global, project(self.local_head.mlp, pooled)
@@ -780,7 +781,7 @@ def generator(*keys):
 
 def is_in(values, wanted):
     """Which of the values (n,) are among the wanted ones: (n,) bool tensor."""
-    return torch.tensor(pd.Series(values).isin(wanted).to_numpy())
+    return torch.from_numpy(pd.Index(values).isin(wanted))
 
 
 class PreparedData:
@@ -914,7 +915,7 @@ def normalise(x):
 
     Needs: IMAGENET_MEAN, IMAGENET_STD.
     """
-    channels = [(x - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    channels = [(x - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD)]
     x = torch.stack(channels, -1)  # (B, H, W, 3)
     return x.permute(0, 3, 1, 2)  # channels-last memory, as the encoder takes it
 
@@ -1116,14 +1117,20 @@ def load_checkpoint(path):
         raise UserError(f"{path} is damaged, or not written by this program: {reason}") from e
 
 
-def save_training(folder, parts, state):
-    """Writes last.pt of a pre-training; the one before stays as previous.pt.
+def save_training(folder, parts, state, writer, written):
+    """Has a thread write last.pt of a pre-training; the one before stays as previous.pt.
 
+    The state is copied first, so that the training goes on while the copy is written.
     Args: parts: dict of model, optimizer, scaler. state: dict of step (how many were taken),
-        history (rows of metrics.csv), logs (of the steps of this epoch).
+        history (rows of metrics.csv), logs (of the steps of this epoch). writer: pool of one
+        thread. written: what this function returned the last time.
+    Returns: a future, whose result() waits for the file and raises what went wrong.
     """
+    if written:
+        written.result()
     saved = {name: part.state_dict() for name, part in parts.items()}
-    save_checkpoint(folder / "last.pt", folder / "previous.pt", **saved, **state)
+    saved = copy.deepcopy(dict(saved, **state))
+    return writer.submit(save_checkpoint, folder / "last.pt", folder / "previous.pt", **saved)
 
 
 def resume(folder, parts):
@@ -1508,7 +1515,7 @@ def load_batches(steps, data, rows, views, config, device):
 def build_model(config):
     """The model of a pre-training configuration, initialised from its seed alone."""
     torch.manual_seed(config.seed)
-    names = ("backbone", "context", "attention", "levels", "embedding_dim", "final_bn")
+    names = (*ARCHITECTURE, "levels", "embedding_dim", "final_bn")
     try:
         model = MLVICX(**select(config, *names), local=config.local_weight > 0)
     except ValueError as e:
@@ -1614,7 +1621,7 @@ def read_logs(pending, step, scaler):
     rows = []
     for number, log in enumerate(pending, step - len(pending)):
         values = torch.stack([value.float() for value in log.values()]).tolist()
-        rows.append(dict(zip(log, values, strict=True)))
+        rows.append(dict(zip(log, values)))
         for name, value in rows[-1].items():
             # The scaler of float16 skips a step whose gradient is infinite.
             valid = math.isfinite(value) or (name == "grad_norm" and scaler.is_enabled())
@@ -1644,7 +1651,7 @@ def validation_metrics(config, model, data, rows, views):
     _, log = mlvicx_loss(*pairs, **select(config, *LOSS_WEIGHTS))
     row = {f"val_{name}": float(value) for name, value in log.items()}
     require(math.isfinite(row["val_loss"]), f"val_loss is {row['val_loss']}; {STOPPED}")
-    for head, (z1, _) in zip(("global", "local"), pairs, strict=False):
+    for head, (z1, _) in zip(("global", "local"), pairs):
         row[f"std_{head}"] = float(z1.std(0).mean())
         row[f"rank_{head}"] = effective_rank(z1.cpu())
     return row
@@ -1654,12 +1661,16 @@ def validation_metrics(config, model, data, rows, views):
 def finish_epoch(config, parts, state, seconds, data, val_rows, views, folder):
     """Evaluates the model at the end of an epoch, writes encoder.pt and metrics.csv, reports.
 
+    The first process does; in all of them, the logs of the epoch are then dropped.
     Args: parts, state: see `save_training`; the history gets a new row. seconds: of a step.
     """
+    logs, state["logs"] = state["logs"], []
+    if processes()[0] > 0:
+        return
     model, epoch = parts["model"], len(state["history"]) + 1
     row = {"epoch": epoch, "step": state["step"]}
-    row["lr"] = float(parts["optimizer"].param_groups[0]["lr"])  # of the last step
-    logs = pd.DataFrame(state["logs"]).replace(math.inf, math.nan)  # inf: a step of fp16, skipped
+    row["lr"] = parts["optimizer"].param_groups[0]["lr"]  # of the last step
+    logs = pd.DataFrame(logs).replace(math.inf, math.nan)  # inf: a step of fp16, skipped
     row.update(logs.mean().to_dict())
     row.update(validation_metrics(config, model, data, val_rows, views))
     if config.knn_every and (epoch % config.knn_every == 0 or epoch == config.epochs):
@@ -1682,9 +1693,8 @@ def finish_epoch(config, parts, state, seconds, data, val_rows, views, folder):
         if name in row:
             text += f"  {shown} {row[name]:.3f}"
     steps_left = (config.epochs / epoch - 1) * state["step"]
-    hours, minutes = divmod(math.ceil(steps_left * seconds / 60), 60)
-    speed = f"{config.batch_size / seconds:.0f} images/s"
-    tqdm.write(f"{text}  {speed}  {hours} h {minutes:02d} min left")
+    left = tqdm.format_interval(steps_left * seconds)
+    tqdm.write(f"{text}  {config.batch_size / seconds:.0f} images/s  {left} left")
     warning = collapse_warning(row)
     if warning:
         tqdm.write(warning)
@@ -1729,12 +1739,12 @@ def pretrain(config):
     parts, weights = build_parts(config, device), select(config, *LOSS_WEIGHTS)
     model, optimizer, scaler = parts.values()
     model = for_training(config, model, device)
-    with stop_signals() as signals:
+    with stop_signals() as signals, ThreadPoolExecutor(1) as writer:
         folder, state = open_training(config, data, len(rows), parts)
-        pending, first_step, saved, started = [], state["step"], time.monotonic(), time.monotonic()
-        steps = range(first_step, total_steps)
-        steps = tqdm(steps, initial=first_step, total=total_steps, disable=not first or None)
-        for i, images, params in load_batches(steps, data, rows, views, config, device):
+        pending, written, started, saved = [], None, time.monotonic(), time.monotonic()
+        steps = range(state["step"], total_steps)
+        bar = tqdm(steps, initial=steps.start, total=total_steps, disable=not first or None)
+        for i, images, params in load_batches(bar, data, rows, views, config, device):
             # One step: two views of every image, and one update of the weights.
             lr = cosine_schedule(i, total_steps, warmup_steps, config.lr * batch_size / 256)
             pair = views(images.to(device, non_blocking=True), params=params)
@@ -1750,19 +1760,19 @@ def pretrain(config):
             stopped = any_process(bool(signals), device)  # Ctrl-C or SIGTERM
 
             # End of an epoch: evaluate, write, report.
-            if epoch_ends and first:
-                seconds = (time.monotonic() - started) / (state["step"] - first_step)
-                finish_epoch(config, parts, state, seconds, data, val_rows, views, folder)
             if epoch_ends:
-                state["logs"] = []
+                seconds = (time.monotonic() - started) / (state["step"] - steps.start)
+                finish_epoch(config, parts, state, seconds, data, val_rows, views, folder)
 
             # Checkpoint: now and then, at the end, and before the run stops.
             due = time.monotonic() - saved > 60 * config.checkpoint_minutes
             if first and (due or stopped or state["step"] == total_steps):
-                save_training(folder, parts, state)
+                written = save_training(folder, parts, state, writer, written)
                 saved = time.monotonic()
             if stopped:
                 break
+    if written:
+        written.result()  # raises what went wrong with the last checkpoint
     wait_for_all()  # torchrun ends all processes when one ends; the first may still write
     if signals or state["step"] < total_steps:
         raise KeyboardInterrupt(f"stopped at step {state['step']}; {RESUMES}")
@@ -1915,7 +1925,7 @@ class Segmenter(nn.Module):
         self.blocks = nn.ModuleList()
         below = encoder.channels[-1]
         finer = encoder.channels[-2::-1]  # channels of the levels 4, 3, 2, 1
-        for skip, width in zip(finer, (256, 128, 64, 32), strict=True):
+        for skip, width in zip(finer, (256, 128, 64, 32)):
             block = nn.Sequential(
                 torchvision.ops.Conv2dNormActivation(below + skip, width),
                 torchvision.ops.Conv2dNormActivation(width, width),
@@ -1933,7 +1943,7 @@ class Segmenter(nn.Module):
     def forward(self, images):
         _, maps = self.encoder(images)
         x = maps[-1]
-        for skip, block in zip(maps[-2::-1], self.blocks, strict=True):
+        for skip, block in zip(maps[-2::-1], self.blocks):
             x = F.interpolate(x, size=skip.shape[2:], mode="bilinear")
             x = block(torch.cat([x, skip], 1))  # (B, C + C_k, H_k, W_k) -> (B, width, H_k, W_k)
         logits = self.head(x)  # (B, 1, H_1, W_1)
@@ -2085,9 +2095,8 @@ def prepare_evaluation(config, task):
         text = f"{data.folder} has no {split} images; prepare it with a {split} split"
         require(len(data.indices(split)), text)
     for weights in config.weights.split(","):
-        architecture = select(config, "backbone", "context", "attention")
         hashes.append(file_hash(weights))
-        encoder, about = load_encoder(weights, **architecture)  # to fail early, if it must
+        encoder, about = load_encoder(weights, **select(config, *ARCHITECTURE))
         encoders.append(encoder.arch)
         warn_overlap(about.get("data", ()), data.origin)
         names.append(Path(weights).parent.name or weights)
@@ -2120,8 +2129,9 @@ def run_units(config, data, device, folder, settings, run_unit):
             for fraction in config.labels:
                 path = folder / f"unit-{fraction:g}-{index}-{seed}.npy"
                 if not path.exists():
-                    architecture = select(config, "backbone", "context", "attention")
-                    encoder, _ = load_encoder(weights, encoder_seed, **architecture)
+                    encoder, _ = load_encoder(
+                        weights, encoder_seed, **select(config, *ARCHITECTURE)
+                    )
                     same = file_hash(weights) == settings["weights_sha256"][index]
                     require(same, f"{weights} has changed since the start; run this again")
                     encoder = encoder.to(device, memory_format=torch.channels_last)
@@ -2325,7 +2335,7 @@ def segment(config):
     encoders = len(settings["encoders"])
     for fraction, runs in run_units(*run, run_unit).items():
         found = interval(runs, patients, dice_metrics, encoders)
-        tests[fraction] = dict(zip(DICE_NAMES, found, strict=True))
+        tests[fraction] = dict(zip(DICE_NAMES, found))
     return write_results(folder, "segment", config, settings, val, tests)
 
 
@@ -2410,11 +2420,11 @@ def export(config):
 
 def closing_table(config, folder):
     """Prints what a linear probe gives on a random encoder, and on the one just trained."""
-    names = ("data", "data_root", "size", "seed", "device", "amp", "backbone", "context")
-    given = dict(select(config, *names, "attention"), overwrite=True)
+    names = ("data", "data_root", "size", "seed", "device", "amp", *ARCHITECTURE)
+    given = select(config, *names)
     try:
         for name, weights in (("random", "random"), ("learned", f"{folder}/encoder.pt")):
-            given.update(weights=weights, out=f"{folder}/probe-{name}")
+            given.update(weights=weights, out=f"{folder}/probe-{name}", overwrite=True)
             classify(make_config("classify", ClassifyConfig, given))
     except UserError as e:  # a set without labels, say
         print(f"no linear probe: {e}")
