@@ -1916,7 +1916,7 @@ class Segmenter(nn.Module):
     Needs: Encoder. Source: ours, after U-Net (arXiv:1505.04597); the authors have no segmentation.
     """
 
-    # Deviation: frozen is frozen, BatchNorm statistics too.
+    # Deviation: a frozen encoder keeps its BatchNorm statistics.
 
     def __init__(self, encoder, frozen):
         super().__init__()
