@@ -1125,12 +1125,14 @@ def save_training(folder, parts, state, writer, written):
         history (rows of metrics.csv), logs (of the steps of this epoch). writer: pool of one
         thread. written: what this function returned the last time.
     Returns: a future, whose result() waits for the file and raises what went wrong.
+    Raises: what went wrong the last time.
     """
-    if written:
-        written.result()
     saved = {name: part.state_dict() for name, part in parts.items()}
     saved = copy.deepcopy(dict(saved, **state))
-    return writer.submit(save_checkpoint, folder / "last.pt", folder / "previous.pt", **saved)
+    newest = writer.submit(save_checkpoint, folder / "last.pt", folder / "previous.pt", **saved)
+    if written:
+        written.result()  # which must not keep the newest state from being written
+    return newest
 
 
 def resume(folder, parts):
@@ -1299,7 +1301,7 @@ def stop_signals():
     """Yields a list that Ctrl-C and SIGTERM fill, for the training loop to read between steps."""
     caught, old = [], {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, lambda caught_number, _: caught.append(caught_number))
+        old[number] = signal.signal(number, lambda *_: caught.append(True))
     try:
         yield caught
     finally:
@@ -2376,10 +2378,7 @@ def predict_files(config):
     paths = []
     for path in map(Path, config.files):
         require(path.exists(), f"looked for X-rays at {path}: there is nothing")
-        found = [path]
-        if path.is_dir():
-            found = sorted(list_files(path))
-        paths += found
+        paths += sorted(list_files(path)) if path.is_dir() else [path]
 
     table = {}
     for path in tqdm(paths, disable=None):
@@ -2388,7 +2387,7 @@ def predict_files(config):
         except ValueError as e:
             print(f"left out {path}: {e}", file=sys.stderr)
             continue
-        logits = predict(model, image[None], torch.tensor([0]), state["size"])
+        logits = predict(model, image[None], torch.tensor([0]), state["size"], "off")
         table[str(path)] = logits[0].sigmoid().tolist()
     require(table, f"none of {len(paths)} files could be read; PNG, JPEG and DICOM can")
     frame = pd.DataFrame.from_dict(table, "index", columns=state["findings"])
@@ -2502,16 +2501,16 @@ def main(argv=None):
         result = run(config)
         if command == "pretrain" and processes()[0] == 0:
             closing_table(config, result)
+        # Only here: after an error in one process, it would wait for the others.
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
-    except (UserError, OSError) as e:
+    except (UserError, OSError, UnicodeError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         print(str(e) or "stopped")
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
