@@ -187,7 +187,7 @@ def _read_dicom(path):
 
     # Pixels that are no picture. Through 64 bits: files write 65535 for -1, and the reverse.
     last = _number(ds, "PixelPaddingRangeLimit", first)
-    ends = np.array([first, last]).astype(np.int64).astype(pixels.dtype)
+    ends = np.array([first, last]).astype(np.int64).astype(pixels.dtype.kind + "2")
     padding = (pixels >= ends.min()) & (pixels <= ends.max())
     require(not padding.all(), "every pixel is padding")
     gray = _stretch(np.where(padding, pixels[~padding].min(), pixels), ds)
@@ -247,7 +247,7 @@ def _display(levels, ds):
     values = apply_modality_lut(levels, ds)
     if ds.get("VOILUTSequence"):
         return apply_voi(np.rint(values).astype(np.int64), ds)
-    if _number(ds, "WindowCenter") is None or _number(ds, "WindowWidth") is None:
+    if _number(ds, "WindowCenter") is None or not _number(ds, "WindowWidth"):
         return values
     ds.VOILUTFunction = ds.get("VOILUTFunction") or "LINEAR"
     ds.RescaleSlope = 1  # pydicom would invert the window for a negative slope
@@ -921,7 +921,7 @@ def _resume(journal, arrays, plan, size):
     return notes
 
 
-def _prepare_pictures(listing, folder, names, plan, size, workers):
+def _prepare_pictures(listing, folder, names, plan, size, workers, overwrite):
     """Appends every picture of a listing to the files `names`, journal first; all its notes."""
     total = len(listing.table)
     with contextlib.ExitStack() as stack:
@@ -931,6 +931,8 @@ def _prepare_pictures(listing, folder, names, plan, size, workers):
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PrepError(f"{folder} is being written by another process; wait for it") from None
+        if overwrite:
+            journal.truncate(0)
         notes = _resume(journal, arrays, plan, size)
         done = {note["row"] for note in notes}
         masks = listing.masks or [None] * total
@@ -952,13 +954,14 @@ def _prepare_pictures(listing, folder, names, plan, size, workers):
     return notes
 
 
-def write_prepared(listing, out, options, size=None, workers=1):
+def write_prepared(listing, out, options, size=None, workers=1, overwrite=False):
     """Prepares a listing into the folder `out`; resumes where an earlier run was stopped.
 
     Args:
         listing: `Listing`; out: folder to make; its last part is the name of the set.
         options: dict of plain values, `command` among them, for meta.json.
         size: S; None takes that of the listing; workers: processes.
+        overwrite: start anew, even where a run was stopped.
     Raises: PrepError.
     """
     out, folder, size = Path(out), Path(f"{out}.partial"), size or listing.size
@@ -968,7 +971,7 @@ def write_prepared(listing, out, options, size=None, workers=1):
     if listing.masks:
         names.append("masks.npy")
     folder.mkdir(parents=True, exist_ok=True)
-    notes = _prepare_pictures(listing, folder, names, plan, size, workers)
+    notes = _prepare_pictures(listing, folder, names, plan, size, workers, overwrite)
     good = [note for note in notes if "reason" not in note]
     image, rejected = listing.table["image"], [*listing.rejected]
     rejected += [(image[note["row"]], note["reason"]) for note in notes if "reason" in note]
@@ -1131,7 +1134,7 @@ def list_nih(raw=None, allow_missing=False):
     listing = Listing(table.dropna(ignore_index=True), NIH_FINDINGS, lists, lost, allow_missing)
     if (raw / "BBox_List_2017.csv").is_file():
         lists.append(raw / "BBox_List_2017.csv")
-        names = dict(zip("Image Index,Finding Label,Bbox [x,y,w,h]".split(","), BOX, strict=True))
+        names = dict(zip("Image Index,Finding Label,Bbox [x,y,w,h]".split(","), BOX))
         listing.boxes = read_table(lists[-1], names, EDGES).replace("Infiltrate", "Infiltration")
         listing.box_side = GRID
     return listing.attach(Files(raw), ".png")
@@ -1214,7 +1217,7 @@ def list_vinbig(raw=None, readers="majority", allow_missing=False):
     """
     units = ["image"]
     lists = [Path(raw, "train.csv")]
-    names = dict(zip("image_id class_name x_min y_min x_max y_max".split(), BOX, strict=True))
+    names = dict(zip("image_id class_name x_min y_min x_max y_max".split(), BOX))
     if lists[0].is_file():  # a row a reader and box
         boxes = read_table(lists[0], {**names, "rad_id": "reader"}, EDGES)
         odd = {*boxes["finding"]} - {*VINBIG_FINDINGS, "No finding"}
@@ -1329,22 +1332,22 @@ def verify(folder):
     """Checks a prepared folder against its own hashes and counts, and prints what is in it.
 
     Args: folder: prepared folder.
-    Returns: list of problems, one line each: changed bytes, wrong counts, one picture in two
-        splits.
+    Returns: list of problems, one line each: changed pictures, another order, wrong counts, one
+        picture in two splits. The values of labels, masks and boxes are not checked.
     Raises: PrepError or OSError if the folder is incomplete, or a patient is in two splits.
     """
     folder, problems = Path(folder), []
     meta = json.loads((folder / "meta.json").read_text())
     labels = read_table(folder / "labels.csv", ["image", "patient", "split", *meta["findings"]])
-    hashes = read_table(folder / "hashes.csv", ["image", "sha256"])["sha256"].to_numpy()
+    hashes = read_table(folder / "hashes.csv", ["image", "sha256"])
     images, names, splits = np.load(folder / "images.npy", "r"), labels["image"], labels["split"]
     if {len(labels), len(hashes), len(images)} != {meta["images"]}:
         return [f"{len(labels)} rows, {len(images)} pictures; meta.json says {meta['images']}"]
     split_table(labels)  # refuses a patient in two splits
     digests = np.array([hashlib.sha256(image).hexdigest() for image in images])
-    changed = names[hashes != digests].tolist()
+    changed = names[labels.merge(hashes, "left", "image")["sha256"] != digests].tolist()
     if changed or file_digest(folder / "images.npy") != meta["images_sha256"]:
-        problems.append(f"images.npy is not what was prepared; changed pictures: {changed[:5]}")
+        problems.append(f"images.npy is not what was prepared, or not in order: {changed[:5]}")
     if any((splits == split).sum() != count for split, count in meta["counts"].items()):
         problems.append(f"labels.csv has other splits than meta.json: {meta['counts']}")
     for rows in labels.groupby(digests).indices.values():
@@ -1439,9 +1442,7 @@ def prepare(command, out, size, workers, overwrite, download=False, **given):
         outside = given["raw"] and not out.resolve().is_relative_to(Path(given["raw"]).resolve())
         require(outside, "give --raw DIR, and --out outside it: --raw is never written to")
     listing = COMMANDS[command](**given)
-    if overwrite:
-        shutil.rmtree(f"{out}.partial", ignore_errors=True)
-    write_prepared(listing, out, options, size, workers)
+    write_prepared(listing, out, options, size, workers, overwrite)
 
 
 def main(argv=None):
