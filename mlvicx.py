@@ -334,7 +334,7 @@ class Encoder(nn.Module):
             head. "inline" (authors' code): each refined map feeds the next stage, so that the
             blocks are part of the encoder. "none": no blocks.
         attention: steps of each block, see ContextBottleneck.
-        levels: levels that get a block under "side"; "inline" has all five.
+        levels: those of 1 to 5 that get a block under "side"; "inline" has all five.
     Input: (B, 3, H, W), or (B, 1, H, W) gray, repeated; H, W >= 32.
     Returns: h (B, C5) and a list of five maps: at 224 px (B, 64, 112, 112), (B, 64, 56, 56),
         (B, 128, 28, 28), (B, 256, 14, 14), (B, 512, 7, 7) for ResNet-18.
@@ -456,7 +456,8 @@ def pool_matrix(height, width, dtype, device):
     """(16, H W): the weight of every pixel of a map in every cell of the 4 x 4 grid.
 
     Along one axis, resizing to 64 and pooling to 4 are linear: applied to the unit vectors, they
-    give the columns of their matrix (4, side). The weights of both axes are multiplied.
+    give the columns of their matrix (4, side). The weights of both axes are multiplied. It is kept
+    for the next call; after torch.export, call pool_matrix.cache_clear().
     """
     axes = []
     for side in (height, width):
@@ -517,8 +518,8 @@ class MLVICX(nn.Module):
     """Encoder and both projectors; two views in, embeddings out.
 
     Args: embedding_dim, final_bn: see projector_mlp. local: build the multi-level head; without,
-        with context "none" and final_bn False, this is VICReg. levels: levels whose maps feed that
-        head. encoder: backbone, context, attention of Encoder.
+        with context "none" and final_bn False, this is VICReg. levels: those of 1 to 5 whose maps
+        feed that head. encoder: backbone, context, attention of Encoder.
     Input: view1, view2 (B, 3, H, W).
     Returns: (z_global1, z_global2), (z_local1, z_local2), each (B, D); the second is () without
         the multi-level head.
@@ -635,7 +636,8 @@ def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, covarianc
 
     Args: z1, z2: (B, D) embeddings of the two views. sim_coeff, std_coeff, cov_coeff: weights of
         the terms (MLVICX: alpha, beta, gamma). covariance: that term, or `covariance_literal`.
-    Returns: the loss, and its parts {"invariance", "variance", "covariance"}, unweighted.
+    Returns: the loss, and its parts {"invariance", "variance", "covariance"}, unweighted, with
+        gradient.
     Needs: invariance_loss, variance_loss, covariance_loss. Source: VICReg, eq. 6; authors' code
         (variance averaged over the two views, covariance summed).
     """
@@ -707,8 +709,9 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, layer by layer, to the norm of the weights.
 
     Args: params: parameters, or groups of them; those of one dimension or none get neither weight
-        decay nor scaling, and a layer whose weights or gradients are all zero is not scaled. trust:
-        the step of a layer over the norm of its weights, at lr 1 and without momentum.
+        decay nor scaling. trust: the step of a layer over the norm of its weights, at lr 1 and
+        without momentum. A layer is not scaled where its weights, or its gradient with the weight
+        decay, are all zero; a gradient of zeros still shrinks it by lr * trust a step, unlike None.
     Source: LARS (arXiv:1708.03888); authors' code (weight decay 1e-6).
     """
 
@@ -954,7 +957,8 @@ class RandomViews:
     Args: size: side of the views. crop_min: smallest fraction of the area. flip, solarize:
         probabilities. jitter: strength, at most 1. blur: largest sigma in pixels (smallest 0.1).
         rotation: largest angle in degrees. identical_views: view 2 is view 1.
-    Call: (images (B, S, S) uint8, rng, or params of `draw`) -> view1, view2 (B, 3, size, size).
+    Call: (images (B, S, S) uint8, rng, or params of `draw`) -> view1, view2 (B, 3, size, size);
+        outside of autocast, whose products are rounded.
     Needs: resize_matrix, blur_matrix, rotate, normalise. Source: authors' code (from VICReg).
     """
 
@@ -1319,7 +1323,7 @@ def auroc(scores, labels, weights=None):
     negative ones, so the area is 0.5.
     Args: scores: (n,) array, compared in float32; NaN where there is none. labels: (n,) array of
         0, 1, NaN (unknown). Cases whose score is not finite or whose label is neither 0 nor 1 are
-        left out. weights: (n,) or (R, n) array, how often each case counts.
+        left out. weights: (n,) or (R, n) NumPy array, how often each case counts.
     Returns: a number, or R of them; NaN if one class is missing. All pairs are in memory.
     """
     scores, labels = np.asarray(scores, np.float32), np.asarray(labels)
@@ -1808,7 +1812,8 @@ def load_module(path, name):
 def load_encoder(weights, seed=0, backbone="resnet18", context="side", attention="both"):
     """The encoder that `--weights` names: "random", "imagenet", or a file of `pretrain`.
 
-    Args: seed, context, attention: of random weights. backbone: of the first two.
+    Args: seed, context, attention: of random weights (PyTorch's own seed is set). backbone: of the
+        first two.
     Returns: encoder, and what the file says of its origin ({} for the first two).
     """
     if weights == "random":
@@ -1854,7 +1859,10 @@ def warn_overlap(seen, evaluated):
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear layer: (B, 3, H, W) -> (B, F) logits. Needs: Encoder."""
+    """An encoder and a linear layer: (B, 3, H, W) -> (B, F) logits. Needs: Encoder.
+
+    Blocks beside the ResNet (context "side") do not touch h, and get no gradient.
+    """
 
     def __init__(self, encoder, findings):
         super().__init__()
@@ -1878,9 +1886,10 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
     Minimises, for every finding, the mean cross-entropy of the known labels + strength / 2 |w|^2 on
     standardised features (in scikit-learn, C = 1 / (strength n)).
     Args:
-        x, x_val: (n, C) float32 features. y, y_val: (n, F) float labels of 0, 1, NaN.
+        x, x_val: (n, C) features. y, y_val: (n, F) labels of 0, 1, NaN. All float32 on the CPU.
         strengths: strongest first; each starts from the one before; at most 40 iterations.
-    Returns: weight (F, C) and bias (F,) for the features as they come.
+    Returns: weight (F, C) and bias (F,) for the features as they come. Without both classes of any
+        finding in y_val, the strongest is taken.
     Needs: masked_bce, mean_auroc. Source: authors' code.
     """
     # Deviation: the linear probe has an L2 penalty and is solved by L-BFGS, not by AdamW.
@@ -1914,7 +1923,8 @@ def linear_probe(x, y, x_val, y_val, strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4)):
 class Segmenter(nn.Module):
     """Encoder, and a U-Net decoder over its five refined maps: (B, 3, H, W) -> (B, H, W) logits.
 
-    Args: frozen: the encoder stays in eval mode and without gradient, whatever `train()` says.
+    Args: encoder: it is not copied. frozen: it stays in eval mode and without gradient, whatever
+        `train()` says.
     Needs: Encoder. Source: ours, after U-Net (arXiv:1505.04597); the authors have no segmentation.
     """
 
@@ -1961,14 +1971,14 @@ def segmentation_loss(logits, mask):
 
 
 def mask_counts(predicted, mask):
-    """Pixels of intersection, prediction and truth of every image: two (B, H, W) -> (B, 3)."""
+    """Pixels of intersection, prediction and truth: two (B, H, W), bool or 0/1 -> (B, 3)."""
     predicted, mask = predicted.bool(), mask.bool()
     parts = (predicted & mask, predicted, mask)
     return torch.stack([part.sum((1, 2)) for part in parts], 1)
 
 
 def segmentation_counts(logits, masks, threshold=0.5):
-    """`mask_counts` of logits (n, H, W), with masks (n, S, S) resized as the images are.
+    """`mask_counts` of logits (n, size, size), with 0/1 masks (n, S, S) resized as images are.
 
     Needs: mask_counts, resize_images.
     """
@@ -1985,7 +1995,7 @@ def dice_metrics(counts, weights=None):
     Args: counts: array or tensor. weights: (n,) or (R, n) array.
     Returns: (5,) or (R, 5) array, as DICE_NAMES: Dice of all images (empty and empty = 1); of
         images with a mask; of all pixels pooled; of predicting nothing, over all images; pooled
-        intersection over union.
+        intersection over union. NaN where there is nothing to divide by.
     """
     if weights is None:
         weights = np.ones(len(counts))
@@ -2034,8 +2044,8 @@ def fit(config, model, images, targets, rows, val, crop_min, loss, score, key):
         config: epochs, batch_size, lr, patience, size and amp are used.
         images, targets: of the whole dataset. rows: those to train on. val: those that choose.
         crop_min: smallest crop; images are also flipped, and rotated by up to 15 degrees.
-        loss: (logits, targets) -> tensor, averaged. score: (logits, targets) -> number, of all
-            validation images. key: tuple of plain values that decides order and augmentation.
+        loss: (logits, targets) -> tensor, averaged. score: (logits, targets) -> finite number, of
+            all validation images. key: tuple of plain values that decides order and augmentation.
     Needs: RandomViews, augment, generator, predict and what these need.
     Source: authors' code (weight decay 0, clip 1.0, T0 = 10 doubling, floor 1e-6, patience 10).
     """

@@ -5,11 +5,11 @@
     python notebooks/experiments.py nih-tables  # what they found, as tables, with the analysis
     python notebooks/experiments.py nih-part    # makes the set nih128 from a prepared data/nih
 
-The study reads sets under data/, prepared at 96 px: `nih128`, 9,998 images of NIH ChestX-ray14 (all
-of patients 1336 to 3923 but eight images), which `nih-part` makes from data/nih (`python
-data_prep.py nih --size 96`), with patients split as in results/nih_split.json; `rsna256`, 1,008
-images of RSNA; `kermany`; and `shenzhen`, with its lung masks; and `nihbox256` at 224 px, with the
-boxes of radiologists. Each method is pre-trained with several seeds, in parallel processes
+The study needs all of these sets under data/, prepared at 96 px: `nih128`, 9,998 images of NIH
+ChestX-ray14 (all of patients 1336 to 3923 but eight images), which `nih-part` makes from data/nih
+(`python data_prep.py nih --size 96`), with patients split as in results/nih_split.json; `rsna256`,
+1,008 images of RSNA; `kermany`; and `shenzhen`, with its lung masks; and `nihbox256` at 224 px,
+with the boxes of radiologists. Each method is pre-trained with several seeds, in parallel processes
 (--workers; set OMP_NUM_THREADS=1 for more of them than cores). Each stage is written as it ends and
 is not run again, so that a study that was stopped resumes. A stage that fails is reported, and the
 others go on.
@@ -55,6 +55,7 @@ POINTED = ("side", "VICReg, last BatchNorm", SCRATCH)  # heatmaps, of seed 0
 FINE = ("Nodule", "Mass", "Pneumothorax", "Fibrosis")
 COARSE = ("Cardiomegaly", "Effusion", "Edema", "Consolidation")
 RARE = ("Hernia", "Edema", "Pneumonia")
+NO_HERNIA = "without Hernia"  # the mean over the other findings: one test patient has it
 # The comparisons named before the runs: first, second, mode. Each with 10 and 100 % of the labels.
 DECLARED = [("side", name, "frozen") for name in ("VICReg, last BatchNorm", "inline", "no blocks")]
 DECLARED += [("side", "random", "frozen"), ("side", SCRATCH, "finetune")]
@@ -314,7 +315,8 @@ def study(options):
     Seed 0 comes first, and the longest of each seed; the ablations come last. Each task has a
     process of its own.
     """
-    options.runs.mkdir(parents=True, exist_ok=True)
+    # Other settings are refused.
+    m.open_run(options.runs, dict(m.select(options, "epochs", "size", "embedding_dim"), kind="nih"))
     tasks = [(options, PIXELS, 0, [pixels])]
     for seed in range(options.seeds):
         for method in [*reversed(METHODS), SCRATCH]:
@@ -332,9 +334,9 @@ def study(options):
 def pack(options):
     """Gathers the units in few files: units.json, a unit a line, and scores-SEED.npz."""
     options.out.mkdir(parents=True, exist_ok=True)
-    units = [json.loads(path.read_text()) for path in sorted(options.runs.glob("*.json"))]
+    units = [json.loads(path.read_text()) for path in sorted(options.runs.glob("*-*.json"))]
     (options.out / "units.json").write_text("[\n" + ",\n".join(map(json.dumps, units)) + "\n]\n")
-    for seed in range(options.seeds):
+    for seed in range(max(options.seeds, options.ablation_seeds)):
         ranks = {}
         for path in sorted(options.runs.glob(f"*-{seed}.npz")):
             ranks.update({f"{path.stem}|{key}": order for key, order in np.load(path).items()})
@@ -358,8 +360,8 @@ def nih_part(options):
     out.mkdir()
     np.save(out / "images.npy", data.images.numpy()[kept])
     table.to_csv(out / "labels.csv", index=False)
-    digest = m.hashlib.sha256((out / "images.npy").read_bytes()).hexdigest()
-    meta = dict(data.meta, name="nih128", images=len(table), images_sha256=digest)
+    meta = dict(data.meta, name="nih128", images=len(table))
+    meta["images_sha256"] = m.file_hash(out / "images.npy")
     m.write_json(out / "meta.json", meta)
 
 
@@ -369,10 +371,9 @@ def nih_part(options):
 def patient_draws(data, repeats=1000):
     """How often each test image counts when patients are drawn again: (1 + R, n), first once."""
     names, member = np.unique(data.patient[data.indices("test")].astype(str), return_inverse=True)
-    weights = [np.ones(len(member))]
-    for sample in np.random.default_rng(0).integers(0, len(names), (repeats, len(names))):
-        weights.append(np.bincount(sample, minlength=len(names))[member])
-    return np.array(weights)
+    drawn = np.random.default_rng(0).integers(0, len(names), (repeats, len(names)))
+    times = np.array([np.bincount(row, minlength=len(names)) for row in drawn])
+    return np.vstack([np.ones(len(member)), times[:, member]])
 
 
 def average_precision(order, y, weights):
@@ -394,7 +395,8 @@ def measures(data, order, weights):
     if data.meta["name"] == "kermany":
         found.update({f: each[:, 1 + column[f]] for f in column})
     if data.meta["name"] == "nih128":
-        for group, members in (("fine", FINE), ("coarse", COARSE)):
+        groups = {"fine": FINE, "coarse": COARSE, NO_HERNIA: [f for f in column if f != "Hernia"]}
+        for group, members in groups.items():
             found[group] = each[:, [1 + column[f] for f in members]].mean(1)
         for f in RARE:
             found[f] = average_precision(order[:, column[f]], y[:, column[f]], weights)
@@ -423,8 +425,7 @@ def study_cells(options):
 
 def seed_values(runs, measure="test"):
     """A measure of a cell: (seeds, 1 + R), first as it is; subsets of the labels are averaged."""
-    each = [np.mean([run[measure] for run in runs[seed]], 0) for seed in sorted(runs)]
-    return np.array(each)
+    return np.array([np.mean([run[measure] for run in runs[seed]], 0) for seed in sorted(runs)])
 
 
 def summary_row(cell, measure, each, draws):
@@ -442,21 +443,24 @@ def summary_row(cell, measure, each, draws):
 
 
 def declared_rows(cells):
-    """Paired differences in mean AUROC on NIH: bootstrap over test patients and seeds together."""
+    """Paired differences in mean AUROC on NIH: bootstrap over test patients and seeds together.
+
+    They are given once more without Hernia.
+    """
     found = []
     for first, second, mode in DECLARED:
-        for share in (0.1, 1):
+        for share, measure in ((0.1, "test"), (1, "test"), (0.1, NO_HERNIA), (1, NO_HERNIA)):
             cell = ("nih128", mode, "h", share)
             ours, theirs = cells.get((*cell, first), {}), cells.get((*cell, second), {})
             both = set(ours) & set(theirs)  # the seeds of both: some may be missing
             if not both:
                 continue
-            pairs = seed_values({seed: ours[seed] for seed in both})
-            pairs = pairs - seed_values({seed: theirs[seed] for seed in both})
+            pairs = seed_values({seed: ours[seed] for seed in both}, measure)
+            pairs = pairs - seed_values({seed: theirs[seed] for seed in both}, measure)
             chosen = np.random.default_rng(1).integers(0, len(pairs), pairs.shape)
             draws = np.take_along_axis(pairs, chosen, 0)[:, 1:].mean(0)
-            cell = (*cell, f"{first} − {second}")
-            found.append(summary_row(cell, "paired difference", pairs[:, 0], draws))
+            name = "paired difference" if measure == "test" else f"paired difference {measure}"
+            found.append(summary_row((*cell, f"{first} − {second}"), name, pairs[:, 0], draws))
     return found
 
 
