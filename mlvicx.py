@@ -1345,6 +1345,8 @@ def auroc(scores, labels, weights=None):
 def finding_aurocs(scores, labels, weights=None):
     """AUROC of every finding, and first of all their mean over those with both classes.
 
+    With weights, these are those of each draw: one without a positive case of a rare finding
+    averages the others, so that the mean and its interval may hang on few patients.
     Args: scores, labels: (n, F) arrays or tensors. weights: as in `auroc`.
     Returns: (1 + F,) or (R, 1 + F) array with NaN for undefined. Needs: auroc.
     """
