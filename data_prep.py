@@ -66,8 +66,7 @@ TRANSFER_SYNTAXES = """
 1.2.840.10008.1.2.4.57 1.2.840.10008.1.2.4.70
 1.2.840.10008.1.2.4.80 1.2.840.10008.1.2.4.81
 1.2.840.10008.1.2.4.90 1.2.840.10008.1.2.4.91
-1.2.840.10008.1.2.5
-""".split()
+1.2.840.10008.1.2.5""".split()
 
 
 class PrepError(ValueError):
@@ -185,9 +184,10 @@ def _read_dicom(path):
     if first is None:
         return _stretch(pixels, ds)
 
-    # Pixels that are no picture. Through 64 bits: files write 65535 for -1, and the reverse.
+    # Pixels that are no picture. Compared as 16 bits, also where the pixels have 8: files write
+    # 65535 for -1 and the reverse, but no such value stands for a pixel of 8 bits.
     last = _number(ds, "PixelPaddingRangeLimit", first)
-    ends = np.array([first, last]).astype(np.int64).astype(pixels.dtype.kind + "2")
+    ends = np.array([first, last], np.int64).astype(pixels.dtype.kind + "2")
     padding = (pixels >= ends.min()) & (pixels <= ends.max())
     require(not padding.all(), "every pixel is padding")
     gray = _stretch(np.where(padding, pixels[~padding].min(), pixels), ds)
@@ -810,9 +810,8 @@ def rle_decode(text, rows, columns):
 # ================================================================================================
 # Bytes before the pixels of a .npy file; images written at a time; all that a folder may hold.
 HEADER, BATCH = 128, 64
-FILES = """
-images.npy masks.npy labels.csv boxes.csv rejected.csv hashes.csv meta.json progress.jsonl
-""".split()
+FILES = """images.npy masks.npy labels.csv boxes.csv rejected.csv hashes.csv meta.json
+progress.jsonl""".split()
 
 
 def file_digest(path, kind="sha256"):
@@ -932,7 +931,7 @@ def _prepare_pictures(listing, folder, names, plan, size, workers, overwrite):
         except BlockingIOError:
             raise PrepError(f"{folder} is being written by another process; wait for it") from None
         if overwrite:
-            journal.truncate(0)
+            journal.truncate(0)  # now that nobody else writes; the arrays follow the journal
         notes = _resume(journal, arrays, plan, size)
         done = {note["row"] for note in notes}
         masks = listing.masks or [None] * total
@@ -954,7 +953,7 @@ def _prepare_pictures(listing, folder, names, plan, size, workers, overwrite):
     return notes
 
 
-def write_prepared(listing, out, options, size=None, workers=1, overwrite=False):
+def write_prepared(listing, out, options, size, workers, overwrite):
     """Prepares a listing into the folder `out`; resumes where an earlier run was stopped.
 
     Args:
@@ -973,7 +972,8 @@ def write_prepared(listing, out, options, size=None, workers=1, overwrite=False)
     folder.mkdir(parents=True, exist_ok=True)
     notes = _prepare_pictures(listing, folder, names, plan, size, workers, overwrite)
     good = [note for note in notes if "reason" not in note]
-    image, rejected = listing.table["image"], [*listing.rejected]
+    image = listing.table["image"]
+    rejected = [*listing.rejected]
     rejected += [(image[note["row"]], note["reason"]) for note in notes if "reason" in note]
     if not good:  # nothing to resume from
         shutil.rmtree(folder)
@@ -1336,7 +1336,8 @@ def verify(folder):
         picture in two splits. The values of labels, masks and boxes are not checked.
     Raises: PrepError or OSError if the folder is incomplete, or a patient is in two splits.
     """
-    folder, problems = Path(folder), []
+    folder = Path(folder)
+    problems = []
     meta = json.loads((folder / "meta.json").read_text())
     labels = read_table(folder / "labels.csv", ["image", "patient", "split", *meta["findings"]])
     hashes = read_table(folder / "hashes.csv", ["image", "sha256"])

@@ -711,7 +711,8 @@ class LARS(torch.optim.Optimizer):
     Args: params: parameters, or groups of them; those of one dimension or none get neither weight
         decay nor scaling. trust: the step of a layer over the norm of its weights, at lr 1 and
         without momentum. A layer is not scaled where its weights, or its gradient with the weight
-        decay, are all zero; a gradient of zeros still shrinks it by lr * trust a step, unlike None.
+        decay, are all zero. A gradient of zeros still shrinks a layer, by lr * trust a step; a
+        gradient of None leaves it as it is.
     Source: LARS (arXiv:1708.03888); authors' code (weight decay 1e-6).
     """
 
@@ -1345,8 +1346,8 @@ def auroc(scores, labels, weights=None):
 def finding_aurocs(scores, labels, weights=None):
     """AUROC of every finding, and first of all their mean over those with both classes.
 
-    With weights, these are those of each draw: one without a positive case of a rare finding
-    averages the others, so that the mean and its interval may hang on few patients.
+    With weights, each draw has its own mean: where a draw has no positive case of a rare finding,
+    it averages the other findings. So the mean and its interval may depend on few patients.
     Args: scores, labels: (n, F) arrays or tensors. weights: as in `auroc`.
     Returns: (1 + F,) or (R, 1 + F) array with NaN for undefined. Needs: auroc.
     """
