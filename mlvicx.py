@@ -2111,6 +2111,7 @@ def prepare_evaluation(config, task):
         require(len(data.indices(split)), text)
     for weights in config.weights.split(","):
         hashes.append(file_hash(weights))
+        # Loaded here too, so that a file that does not fit is refused before any work.
         encoder, about = load_encoder(weights, **select(config, *ARCHITECTURE))
         encoders.append(encoder.arch)
         warn_overlap(about.get("data", ()), data.origin)

@@ -315,7 +315,7 @@ def study(options):
     Seed 0 comes first, and the longest of each seed; the ablations come last. Each task has a
     process of its own.
     """
-    # Other settings are refused.
+    # Units of other settings are not mixed in: open_run refuses a folder that holds them.
     m.open_run(options.runs, dict(m.select(options, "epochs", "size", "embedding_dim"), kind="nih"))
     tasks = [(options, PIXELS, 0, [pixels])]
     for seed in range(options.seeds):
