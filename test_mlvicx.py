@@ -356,7 +356,7 @@ def test_fault2_every_parameter_is_built_at_once_and_trained():
         optimizer.zero_grad()
         m.mlvicx_loss(*model(*views))[0].backward()
         optimizer.step()
-    assert list(map(id, model.parameters())) == list(map(id, before.values()))
+    assert len(list(model.parameters())) == len(before)
     for name, p in before.items():
         assert p.grad is not None
         assert p.ndim == 1 or not torch.equal(p, old[name]), name
@@ -398,16 +398,14 @@ def test_losses_by_hand():
     z1 = torch.tensor([[0.0, 0.0], [2.0, 4.0]])
     z2 = torch.tensor([[1.0, 0.0], [2.0, 2.0]])
     assert m.invariance_loss(z1, z2) == (1 + 0 + 0 + 4) / 4
-    # Standard deviations sqrt(2) and sqrt(8): no hinge; of z2 sqrt(0.5) and sqrt(2).
-    assert m.variance_loss(z1) == 0
-    assert m.variance_loss(z2).item() == pytest.approx((1 - math.sqrt(0.5001)) / 2, abs=1e-6)
-    # Covariance of z1: 1 * 2 + 1 * 2 = 4, squared, twice, over D = 2.
-    assert m.covariance_loss(z1).item() == pytest.approx(16, rel=1e-6)
-    # The variance is the mean over both views, the covariance the sum: that of z2 is 1.
-    by_hand = {"invariance": 1.25, "variance": (1 - math.sqrt(0.5001)) / 4, "covariance": 17}
+    # Standard deviations of z1: sqrt(2) and sqrt(8), no hinge; of z2: sqrt(0.5), a hinge, sqrt(2).
+    # That hinge is averaged over two dimensions and two views.
+    variance = (1 - math.sqrt(0.5001)) / 4
+    # Covariances: of z1 1 * 2 + 1 * 2 = 4, of z2 0.5 * 1 * 2 = 1; squared, twice, over D = 2.
+    by_hand = {"invariance": 1.25, "variance": variance, "covariance": 16 + 1}
     total, parts = m.vicreg_loss(z1, z2, 2, 3, 5)
     assert parts == pytest.approx(by_hand)
-    assert total.item() == pytest.approx(2 * 1.25 + 3 * by_hand["variance"] + 5 * 17)
+    assert total.item() == pytest.approx(2 * 1.25 + 3 * variance + 5 * 17)
 
 
 @pytest.mark.parametrize("shape", [(5, 30), (30, 5), (7, 7), (2, 3)])
@@ -495,7 +493,7 @@ def test_lars_equals_the_plain_loop():
 
 
 def test_lars_keeps_the_settings_of_its_groups_and_calls_the_closure():
-    """A group's own weight decay, trust in the state, a learning rate that is a tensor."""
+    """A group's own weight decay and trust, a learning rate that is a tensor."""
     weights = torch.randn(2, 3, 2)
     for lr in (0.3, torch.tensor(0.3)):
         params = [w.clone().requires_grad_() for w in weights]
@@ -511,8 +509,7 @@ def test_lars_keeps_the_settings_of_its_groups_and_calls_the_closure():
         for p, w, decay, trust in zip(params, weights, (0.0, 0.5), (0.02, 0.1)):
             expected, _ = slow_lars(w, 2 * w, 0 * w, 0.3, decay, 0.9, trust)
             assert torch.allclose(p, expected, rtol=1e-6)
-        saved = optimizer.state_dict()["param_groups"]
-        assert [group["trust"] for group in saved] == [0.02, 0.1]
+        assert [group["trust"] for group in optimizer.param_groups] == [0.02, 0.1]
         for group in optimizer.param_groups:  # a changed rate, as the training step sets it
             group["lr"] = lr * 0
         before = [p.clone() for p in params]
@@ -613,7 +610,9 @@ def test_view_parameters_follow_the_recipe():
     for name, rates in (("flip", [0.5, 0.5]), ("blurred", [1, 0.1]), ("solarized", [0, 0.2])):
         assert np.allclose(p[name].float().mean(1), rates, atol=0.03), name
     changed = (p["brightness"] != 1).float().mean()
-    assert abs(changed - 0.8) < 0.02 and abs(p["brightness"] - 1).max() <= 0.4
+    assert abs(changed - 0.8) < 0.02
+    for name in ("brightness", "contrast"):
+        assert p[name].aminmax() == pytest.approx((0.6, 1.4), abs=0.01)
     assert 0.1 <= p["sigma"].min() and p["sigma"].max() <= 2.0
 
 
@@ -657,14 +656,16 @@ def test_effective_rank_counts_directions():
     torch.manual_seed(0)
     flat = torch.randn(400, 3) @ torch.randn(3, 50)
     assert 2 < m.effective_rank(flat) <= 3
-    assert m.effective_rank(torch.randn(500, 20)) > 18
+    # Singular values of 3 to 1: shares of 0.75 and 0.25.
+    cross = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    assert m.effective_rank(cross) == pytest.approx(0.75**-0.75 * 0.25**-0.25)
     assert m.effective_rank(torch.ones(9, 4)) == 0
 
 
 def test_knn_scores_are_neighbour_means():
-    train = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [1.0, 0.1]])
+    train = torch.tensor([[9.0, 1.0], [9.1, 1.0], [10.0, 0.0], [10.0, 0.1]])
     labels = torch.tensor([[1.0], [1.0], [0.0], [math.nan]])
-    scores = m.knn_scores(train, labels, torch.tensor([[0.0, 2.0], [2.0, 0.0]]), k=2)
+    scores = m.knn_scores(train, labels, torch.tensor([[9.0, 2.0], [11.0, 0.0]]), k=2)
     assert scores[:, 0].tolist() == [1.0, 0.0]
 
 
@@ -701,7 +702,7 @@ def test_pretraining_writes_its_folder_and_reports_the_probe(place, capsys):
         assert re.search(r"\nmean AUROC +(\S+) \[", text)[1] == f"{mean:.3f}"
     table = pd.read_csv("runs/toy/metrics.csv")
     assert table["epoch"].tolist() == [1, 2]
-    assert table["lr"][1] == pytest.approx(m.cosine_schedule(5, 6, 6, 0.2 * 8 / 256))
+    assert table["lr"][0] == pytest.approx(m.cosine_schedule(2, 6, 6, 0.2 * 8 / 256))
     for head in ("global", "local"):
         for name in ("invariance", "variance", "covariance"):
             assert {f"{head}_{name}", f"val_{head}_{name}"} <= set(table)
@@ -849,11 +850,10 @@ def assert_same_run(a, b):
 
 
 def make_training(**given):
-    """Model, and all parts of a small training on a CPU, as `pretrain` makes them."""
+    """All parts of a small training on a CPU, as `pretrain` makes them."""
     given = {"data": "toy", "size": 32, "embedding_dim": 8, "batch_size": 4, **given}
     config = m.make_config("pretrain", m.PretrainConfig, given)
-    parts = m.build_parts(config, torch.device("cpu"))
-    return parts["model"], parts
+    return m.build_parts(config, torch.device("cpu"))
 
 
 def test_the_scaler_of_float16_is_part_of_the_state(place):
@@ -862,7 +862,7 @@ def test_the_scaler_of_float16_is_part_of_the_state(place):
     def step(parts, pair):
         return m.train_step(*parts.values(), *pair, lr=0.01, amp="fp16")
 
-    (_, one), (_, two) = (make_training(amp="fp16") for _ in range(2))
+    one, two = (make_training(amp="fp16") for _ in range(2))
     for pair in views[:2]:
         step(one, pair)
     state = {"step": 2, "history": [], "logs": []}
@@ -881,7 +881,7 @@ def test_a_skipped_step_of_float16_does_not_spoil_the_mean_gradient_norm(place):
         return {"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)}
 
     logs = m.read_logs([log(1.0, math.inf), log(1.0, 3.0)], 2, scaler)
-    row = watch(make_training()[0], torch.arange(8), logs=logs)
+    row = watch(make_training()["model"], torch.arange(8), logs=logs)
     assert (row["loss"], row["grad_norm"]) == (1.0, 3.0)
     with pytest.raises(m.UserError, match="step 2: loss is inf"):
         m.read_logs([log(math.inf, 1.0)], 3, scaler)
@@ -1195,14 +1195,14 @@ def watch(model, rows, logs=({"loss": 0.0},), step=50, **given):
 
 
 def test_weights_that_diverge_in_the_last_step_stop_the_run(place):
-    model, _ = make_training()
+    model = make_training()["model"]
     model.global_head.mlp[0].weight.data.fill_(math.nan)
     with pytest.raises(m.UserError, match="val_loss is nan; stopped"):
         watch(model, m.PreparedData("toy").indices("val"))
 
 
 def test_collapse_warning_fires_on_a_constant_encoder_and_not_on_a_healthy_one(place):
-    model, _ = make_training(embedding_dim=16)
+    model = make_training(embedding_dim=16)["model"]
     data, views = m.PreparedData("toy"), m.RandomViews(32)
     with torch.no_grad():  # running statistics as after some steps of training
         for step in range(30):
@@ -1225,7 +1225,7 @@ def test_the_first_epochs_of_a_healthy_run_raise_no_alarm(place, capsys):
 
 def test_the_validation_loss_is_that_of_all_its_images_together(place, monkeypatch):
     """Not a mean over chunks, whose covariance depends on their size."""
-    model, _ = make_training()
+    model = make_training()["model"]
     data, views = m.PreparedData("toy"), m.RandomViews(32)
     config = m.PretrainConfig(seed=3, cov_coeff=2.0)
 
@@ -1245,10 +1245,8 @@ def test_the_validation_loss_is_that_of_all_its_images_together(place, monkeypat
 
 
 def test_imagenet_weights_without_network_are_one_clear_line(place, monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    offline = "torchvision.models._api.load_state_dict_from_url"
+    monkeypatch.setattr(offline, lambda *args, **kwargs: os.stat("no route to host"))
     args = ("pretrain --data toy --out runs/toy --init imagenet", *SMALL)
     assert "ImageNet" in refused(*args)
     assert not Path("runs").exists()
@@ -1309,7 +1307,8 @@ config = m.make_config("pretrain", m.PretrainConfig, {})
 called, optimizer = m.for_training(config, model, device), m.LARS(model.parameters())
 scaler = torch.amp.GradScaler(device.type, enabled=False)
 log = m.train_step(called, optimizer, scaler, *views, 0.1)
-torch.save([log["loss"].cpu(), *model.cpu().parameters()], f"{rank}.pt")
+logged = torch.stack([log["loss"], log["grad_norm"]])
+torch.save([logged.cpu(), *model.cpu().parameters()], f"{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -1338,11 +1337,11 @@ def test_a_training_step_of_two_processes_is_that_of_one():
     before = [p.detach().clone() for p in model.parameters()]
     views = torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)
     called = model if torch.cuda.is_available() else Halves(model)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # it changes neither log nor step
     log = m.train_step(called, m.LARS(model.parameters()), scaler, *views, 0.1)
     for rank in (0, 1):
-        loss, *weights = torch.load(f"{rank}.pt", weights_only=True)
-        assert relative(loss, log["loss"]) < 1e-10
+        logged, *weights = torch.load(f"{rank}.pt", weights_only=True)
+        assert relative(logged, torch.stack([log["loss"], log["grad_norm"]])) < 1e-10
         for a, b, start in zip(weights, model.parameters(), before, strict=True):
             assert (a - b).norm() <= 1e-6 * (b - start).norm() + 1e-12
 
@@ -1456,7 +1455,6 @@ def test_frozen_results_have_their_definition(trained, monkeypatch):
     args = "classify --seeds 2 --labels 0.2,1 --out runs/c1"
     r = evaluate(args)
     assert len(calls) == 1 and len(calls[0][2]) == 80
-    assert {"task", "data", "weights", "mode", "settings", "provenance"} <= set(r)
     assert torch.load("runs/c1/classifier.pt", weights_only=True)["findings"] == ["A", "B"]
     test, data = r["test"]["1"], m.PreparedData("toy")
     assert set(test["mean_auroc"]) == {"mean", "std", "ci95"} and test["defined_findings"] == 2
@@ -1639,6 +1637,9 @@ def test_dice_by_hand():
     once = [(2 / 3 + 0 + 0 + 1) / 4, 1 / 3, 2 / 5, 0.5, 1 / 4]  # in the order of DICE_NAMES
     first_twice = [2 / 3, 2 / 3, 2 / 3, 0, 1 / 2]
     assert m.dice_metrics(counts) == pytest.approx(once)
+    # Logits of 0 are 0.5 in all 16 pixels, of which three are true.
+    loss = m.segmentation_loss(0 * truth, truth)
+    assert loss.item() == pytest.approx(math.log(2) + 1 - (3 + 1) / (8 + 3 + 1))
     both = m.dice_metrics(counts, np.array([[2, 0, 0, 0], [1, 1, 1, 1]]))
     assert both == pytest.approx(np.array([first_twice, once]))
 
@@ -1706,6 +1707,20 @@ def test_the_labels_and_masks_of_the_test_set_decide_nothing(trained, monkeypatc
     assert all(map(torch.equal, outputs[:half], outputs[half:])) and tests[0] != tests[1]
     if task == "segment":
         assert set(tests[0]) == set(m.DICE_NAMES)
+        assert len(outputs[-1]) == (of_test & table["has_mask"]).sum()
+
+
+def test_segment_takes_the_threshold_with_the_best_validation_dice(trained, monkeypatch):
+    def dice(logits, masks, threshold=0.5):
+        return -abs(threshold - 0.3)
+
+    def counts(logits, masks, threshold):
+        assert threshold == pytest.approx(0.3)
+        return np.ones((len(masks), 3))
+
+    monkeypatch.setattr(m, "pooled_dice", dice)
+    monkeypatch.setattr(m, "segmentation_counts", counts)
+    evaluate("segment --epochs 1")
 
 
 def test_the_strength_of_the_probe_is_the_best_on_validation():
@@ -1735,13 +1750,17 @@ def test_fine_tuning_ends_with_the_weights_of_its_best_epoch(trained):
         return next(scores)
 
     config = m.ClassifyConfig(size=32, epochs=9, batch_size=8, patience=2)
-    given = (config, model, data.images, data.labels, torch.arange(8), val, 1.0)
-    with register_optimizer_step_pre_hook(
-        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
-    ):
+    given = (config, model, data.images, data.labels, torch.arange(16), val, 1.0)
+
+    def before_step(optimizer, *_):
+        (group,) = optimizer.param_groups
+        rates.append(group["lr"])
+        assert torch.nn.utils.get_total_norm([p.grad for p in group["params"]]) <= 1.001
+
+    with register_optimizer_step_pre_hook(before_step):
         m.fit(*given, m.masked_bce, score, ("best",))
     assert len(states) == 4  # two epochs without a better score
-    assert rates[3] < rates[0]
+    assert len(set(rates)) == 8  # the rate changes with every batch
     torch.testing.assert_close(dict(model.state_dict()), states[1], rtol=0, atol=0)
 
 
@@ -1759,8 +1778,10 @@ def test_every_encoder_that_pretrain_writes_can_be_judged(place, flags):
         ("classify --mode finetune", "mean_auroc"),
         ("segment --mode frozen", "dice_pooled"),
     ):
-        r = evaluate(args, "--epochs 1 --overwrite")
+        r = evaluate(args, f"--epochs 1 --out runs/{name}")
         assert 0 <= r["test"][name]["mean"] <= 1
+    context = m.load_checkpoint("runs/mean_auroc/classifier.pt")["arch"]["context"]
+    assert (context == "inline") == ("inline" in flags)  # those are a part of the encoder
 
 
 def test_predict_gives_the_models_probabilities_of_every_kind_of_file(capsys):
@@ -1866,7 +1887,7 @@ def test_masks_and_images_have_the_same_geometry(source, size):
     trained = m.augment(255 * masks, masks, views, m.generator("still"))
     resized = m.resize_images(255 * masks, size)
     for x in (*trained, resized, (resized > 0.5).float()):
-        assert shift(x) < 0.1
+        assert shift(x) < 0.1 and 0 <= x.min() <= x.max() <= 1
     counts = m.segmentation_counts(9 * resized - 4.5, masks)  # the masks as their own prediction
     assert (counts == counts[:, :1]).all()
 
@@ -1897,16 +1918,6 @@ def test_gradcam_is_its_definition_by_gradients(context):
     assert torch.allclose(cam, expected / expected.amax((1, 2), keepdim=True), atol=1e-4)
 
 
-def test_overlap_of_pretraining_and_test_pictures_is_said(capsys):
-    for seen, evaluated, warns in (
-        (["chestmnist"], "siim", True),
-        (["nih"], "nih", False),
-        (["nih"], "vinbig", False),
-    ):
-        m.warn_overlap(seen, evaluated)
-        assert ("warning" in capsys.readouterr().err) == warns
-
-
 def test_overlap_is_found_whatever_the_folders_are_called(place, capsys):
     write_set("data/mine")
     for name, origin in (("toy", "nih"), ("mine", "rsna")):
@@ -1917,6 +1928,10 @@ def test_overlap_is_found_whatever_the_folders_are_called(place, capsys):
         evaluate("classify --data", name, "--out", name)
         found = capsys.readouterr().err
         assert warning in found and bool(warning) == ("warning" in found)
+    m.warn_overlap(["nih"], "vinbig")
+    assert not capsys.readouterr().err
+    m.warn_overlap(["chestmnist"], "siim")
+    assert "warning" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- 12. command line
@@ -1945,14 +1960,10 @@ def test_memory_is_kept_where_glibc_is_and_elsewhere_nothing_happens(monkeypatch
     monkeypatch.setattr(m.ctypes, "CDLL", lambda name: library)
     m.keep_memory()
     assert calls == [(-3, 1 << 17), (-4, 0), (-1, -1)]
-    for error in (TypeError, AttributeError):  # Windows; another C library
-
-        def missing(name, error=error):
-            raise error
-
+    # TypeError as on Windows; AttributeError of another C library.
+    for missing in (len, lambda name: name.mallopt):
         monkeypatch.setattr(m.ctypes, "CDLL", missing)
         m.keep_memory()
-    assert len(calls) == 3
 
 
 def test_literal_model_of_the_bench_equals_the_fast_one():
@@ -2105,6 +2116,12 @@ def save_dicom(pixels, path, bits=None, ending=".1", photometric="MONOCHROME2", 
     return path
 
 
+def unreadable(path, reason="....."):
+    """Demands that a file is refused, with a reason."""
+    with pytest.raises(ValueError, match=reason):
+        dp.read_xray(path)
+
+
 def test_eight_bit_pictures_come_back_as_they_were_saved():
     picture = phantom(0)
     for path in (save(picture, "a.png"), save_dicom(picture, "b.dcm")):
@@ -2162,8 +2179,7 @@ def test_every_depth_and_colour_type_of_png_gives_its_full_range():
                 channels.append(np.random.default_rng(1).integers(0, 2**depth, gray.shape))
             save_png(Path("a.png"), np.dstack(channels), depth, kind, palette)
             if depth == 16 and kind:
-                with pytest.raises(ValueError, match="16 bits with colour or transparency"):
-                    dp.read_xray("a.png")
+                unreadable("a.png", "16 bits with colour or transparency")
                 continue
             read = dp.read_xray("a.png")
             assert read.dtype == np.uint8 and np.array_equal(read, gray * 255 // top), (kind, depth)
@@ -2300,8 +2316,7 @@ def test_optional_tags_of_dicom_leave_the_scene_or_are_refused(name, signed, pho
         ds = pydicom.dcmread(scene_dicom(path, signed, photometric, True))
         setattr(ds, name, value)
         ds.save_as(path)
-        with pytest.raises(ValueError, match="....."):
-            dp.read_xray(path)
+        unreadable(path)
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
@@ -2331,8 +2346,7 @@ def test_padding_of_dicom_is_black_and_the_rest_is_stretched_by_itself(window, p
         save_dicom(pixels, path, PixelPaddingValue=value)
         assert np.array_equal(dp.read_xray(path), np.where(pixels == value, 0, pixels))
     save_dicom(np.full_like(pixels, 255), path, PixelPaddingValue=255)
-    with pytest.raises(ValueError, match="every pixel is padding"):
-        dp.read_xray(path)
+    unreadable(path, "every pixel is padding")
 
 
 def test_modality_then_voi_then_inversion_by_hand():
@@ -2360,8 +2374,7 @@ def test_truncated_files_are_rejected_and_never_half_black():
         dp.read_xray(path)
         for share in (0.0, 0.05, 0.3, 0.5, 0.7, 0.9, 0.97):
             path.write_bytes(whole[: int(share * len(whole))])
-            with pytest.raises(ValueError, match="....."):
-                dp.read_xray(path)
+            unreadable(path)
 
 
 @pytest.mark.parametrize("ending", [e for e in COMPRESSIONS if e not in ("", ".1")])
@@ -2376,8 +2389,9 @@ def test_a_stream_that_ends_early_in_a_whole_dicom_file_is_rejected(ending):
     for share in (0.1, 0.5, 0.9, 0.99, 1):
         ds.PixelData = encapsulate([frame[: int(share * len(frame))]])
         ds.save_as(path)
-        with contextlib.nullcontext() if share == 1 else pytest.raises(ValueError, match=reason):
-            dp.read_xray(path)
+        if share < 1:
+            unreadable(path, reason)
+    dp.read_xray(path)  # the whole stream
 
 
 def test_other_files_are_rejected_with_a_reason():
@@ -2401,8 +2415,7 @@ def test_other_files_are_rejected_with_a_reason():
             save_dicom(what, name)
         elif what is not None:
             save(what, name)
-        with pytest.raises(ValueError, match=reason):
-            dp.read_xray(name)
+        unreadable(name, reason)
 
 
 def test_a_transfer_syntax_that_is_not_on_the_list_is_refused_before_it_is_read():
@@ -2414,8 +2427,7 @@ def test_a_transfer_syntax_that_is_not_on_the_list_is_refused_before_it_is_read(
         path = save_dicom(phantom(0), "a.dcm", ending=ending)
         whole = path.read_bytes()
         path.write_bytes(whole.replace((UID + ending).encode(), (UID + other).encode()))
-        with pytest.raises(ValueError, match=re.escape(UID + other)):
-            dp.read_xray(path)
+        unreadable(path, re.escape(UID + other))
 
 
 def test_lying_dicom_headers_are_refused():
@@ -2441,8 +2453,7 @@ def test_lying_dicom_headers_are_refused():
             if value is None:
                 delattr(ds, name)
         ds.save_as(path)
-        with pytest.raises(ValueError):
-            dp.read_xray(path)
+        unreadable(path)
 
 
 BOMBS = """
@@ -2798,9 +2809,7 @@ def test_killed_again_and_again_and_resumed_the_bytes_are_the_same():
         _, errors = process.communicate(timeout=30)  # ends only when the workers have gone, too
         assert not Path("demo").exists()
     assert process.returncode == 130, errors
-    assert errors.strip().splitlines() == [
-        "stopped; the same command resumes from here, with --overwrite anew"
-    ]
+    assert errors.strip() == "stopped; the same command resumes from here, with --overwrite anew"
     prep("demo --size 32 --out demo --count", COUNT)
     prep("demo --size 32 --out whole/demo --count", COUNT)
     assert content("demo") == content("whole/demo")
@@ -3132,6 +3141,7 @@ def test_boxes_beside_the_table_of_a_folder_are_scaled():
     boxes = pd.read_csv("out/boxes.csv")
     expected = [["i001.png", "F", 5, 20, 15, 12], ["i003.png", "F", 0, 0, 32, 32]]
     assert boxes.values.tolist() == expected and list(boxes) == dp.BOX
+    assert "boxes.csv" in prepared("out")[3]["sources"]
     for row in ("i009.png,F,1,2,3,4,R", "i001.png,F,1,2,,4,R"):
         write("raw/boxes.csv", header, row)
         assert "boxes.csv: a box without" in prep_refused(args, "--overwrite")
@@ -3275,8 +3285,7 @@ def test_a_missing_list_is_named():
     for name in ("test_list.txt", "Data_Entry_2017_v2020.csv"):
         os.remove(raw / name)
         assert name in prep_refused("nih --raw raw --out out")
-    line = prep_refused("nih --raw nowhere --out out")
-    assert "nowhere" in line
+    assert "nowhere" in prep_refused("nih --raw nowhere --out out")
     assert "--raw" in prep_refused("nih --out out")
 
 
@@ -3743,8 +3752,7 @@ def test_chestmnist_is_downloaded_and_a_wrong_file_refused(server, monkeypatch):
     monkeypatch.setitem(dp.CHESTMNIST_FILES, 64, file)
     prep("chestmnist --download")
     assert prepared("data/chestmnist")[0].shape == (34, 64, 64)
-    line = prep_refused("chestmnist --download --size 100 --out x")
-    assert "published are [28, 64, 128, 224]" in line
+    assert "[28, 64, 128, 224]" in prep_refused("chestmnist --download --size 100 --out x")
 
 
 def test_nih_is_downloaded_whole_and_goes_on_after_a_break(monkeypatch):
@@ -3871,8 +3879,8 @@ def test_verify_finds_one_picture_in_two_splits():
     assert dp.main(["verify", "out"]) == 0  # within one split
     write("raw/labels.csv", "image,split", *rows, "0-again.png,test")
     prep(args)
-    line = prep_refused("verify out")
-    assert "one picture in two splits: 0.png (train), 0-again.png (test)" in line
+    message = "one picture in two splits: 0.png (train), 0-again.png (test)"
+    assert message in prep_refused("verify out")
 
 
 # ---------------------------------------------------------------- data_prep 8. command line
@@ -4093,10 +4101,8 @@ def table_rows(text, title):
 def test_the_tables_of_the_study_are_those_of_its_logs():
     text = (RESULTS / "RESULTS.md").read_text()
     summary = read_json(RESULTS / "nih" / "summary.json")
-    quoted = []
-    for line in text.split("## The study")[1].split("\n## ")[0].splitlines():
-        if line.startswith("| ") and re.search(r"\d\.\d{3}", line):
-            quoted.append(line)
+    section = text.split("## The study")[1].split("\n## ")[0]
+    quoted = re.findall(r"^\| .*\d\.\d{3}.*", section, re.M)
     assert len(quoted) > 50 and set(quoted) <= set(experiments.markdown(summary))
 
     # The summary is that of the units: subsets of the labels averaged, then seeds.
@@ -4105,10 +4111,8 @@ def test_the_tables_of_the_study_are_those_of_its_logs():
         rows += [row | unit for row in unit.get("rows", [])]
     seeds = pd.DataFrame(rows).groupby([*experiments.CELL, "seed"])["test"].mean()
     found = seeds.groupby(experiments.CELL).agg(list).to_dict()
-    index = {}
-    for row in summary:
-        if row["measure"] == "test":
-            index[tuple(row[name] for name in experiments.CELL)] = row
+    tests = [row for row in summary if row["measure"] == "test"]
+    index = {tuple(row[name] for name in experiments.CELL): row for row in tests}
     assert set(index) == set(found) and len(found) > 100
     for cell, each in found.items():
         assert np.allclose(index[cell]["each"], each, atol=2e-5), cell
@@ -4123,10 +4127,8 @@ def test_the_other_tables_are_those_of_their_logs():
     columns = [("nih@1", 0), ("nih@1", 15), ("rsna@1", 0), ("lungs shenzhen->montgomery@0.3", 0)]
     for name, cells in shown.items():
         runs = [r["tasks"] for r in pilot["runs"] if (r["stage"], r["method"]) == ("final", name)]
-        tuned = []
-        for row in pilot["final_validation_all_labels"]:
-            if row["method"] == name:
-                tuned.append(row["rsna_finetuned_test"])
+        rows = [r for r in pilot["final_validation_all_labels"] if r["method"] == name]
+        tuned = [row["rsna_finetuned_test"] for row in rows]
         expected = [spread([run[task]["test"][k] for run in runs]) for task, k in columns if runs]
         assert [cell for cell in cells if cell] == [*expected, spread(tuned)], name
     assert len(shown) == 7
@@ -4251,16 +4253,9 @@ def test_the_flags_of_the_readme_have_their_defaults():
     for flag, _, default, demo in rows:
         name = flag.replace("-", "_")
         value = getattr(m.PretrainConfig(), name)
-        names = {True: "yes", False: "no"}
-        if name == "batch_size":
-            assert value == 0 and default == "256 on CUDA, else 64"
-        elif isinstance(value, bool):
-            assert default == names[value] == demo
-        elif isinstance(value, str):
-            assert (default, demo) == (value, preset.get(name, value))
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            assert float(demo) == preset.get(name, value)
-            assert name == "batch_size" or float(default) == value
+        values = {"batch_size": "256 on CUDA, else 64"}.get(name, value), preset.get(name, value)
+        shown = [str(v).removesuffix(".0").replace("False", "no") for v in values]
+        assert [default, demo] == shown, flag
     assert len(rows) == 10
 
 
