@@ -613,7 +613,7 @@ def test_view_parameters_follow_the_recipe():
     assert abs(changed - 0.8) < 0.02
     for name in ("brightness", "contrast"):
         assert p[name].aminmax() == pytest.approx((0.6, 1.4), abs=0.01)
-    assert 0.1 <= p["sigma"].min() and p["sigma"].max() <= 2.0
+    assert 0.1 <= p["sigma"].min() and 1.9 < p["sigma"].max() <= 2.0
 
 
 def test_each_augmentation_can_be_removed():
@@ -721,7 +721,7 @@ def test_training_sees_the_training_split_alone_unless_told_otherwise(place):
         assert torch.equal(rows, data.indices(*splits))
         assert not torch.equal(held, data.indices("val"))
         assert torch.equal(held.sort().values, data.indices("val"))
-    Path("skip.txt").write_text("i0000\ni0001\n")
+    Path("skip.txt").write_text("i0000 \n\ni0001\n")
     assert len(m.pretraining_rows(data, "skip.txt")[0]) == len(data.indices("train")) - 2
     Path("skip.txt").write_text("another name\n")
     with pytest.raises(m.UserError, match="name 0 images"):
@@ -1213,6 +1213,7 @@ def test_collapse_warning_fires_on_a_constant_encoder_and_not_on_a_healthy_one(p
         model.encoder.conv1.weight.zero_()
     assert "collapsed" in m.collapse_warning(watch(model, torch.arange(48)))
     assert m.collapse_warning(watch(model, torch.arange(48), step=49)) is None
+    assert "local" in m.collapse_warning({"rank_local": 1.5})
 
 
 def test_the_first_epochs_of_a_healthy_run_raise_no_alarm(place, capsys):
@@ -1755,6 +1756,7 @@ def test_fine_tuning_ends_with_the_weights_of_its_best_epoch(trained):
     def before_step(optimizer, *_):
         (group,) = optimizer.param_groups
         rates.append(group["lr"])
+        assert group["weight_decay"] == 0
         assert torch.nn.utils.get_total_norm([p.grad for p in group["params"]]) <= 1.001
 
     with register_optimizer_step_pre_hook(before_step):
@@ -2631,8 +2633,7 @@ def test_prevalence_and_images_a_patient_are_as_stated():
 def test_demo_is_split_by_patient_and_its_second_run_does_nothing(capsys):
     prep("demo --count 150 --size 32")
     images, labels, rejected, meta = prepared("data/demo")
-    assert len(images) == 150 and not rejected and meta["name"] == "demo"
-    assert set(labels["split"]) == {"train", "val", "test"}
+    assert not rejected and meta["name"] == "demo"
     assert [dp.hash_split(patient) for patient in labels["patient"]] == labels["split"].tolist()
     assert set(meta["groups"]["coarse"] + meta["groups"]["fine"]) < set(meta["findings"])
     masks, boxes = np.load("data/demo/masks.npy"), pd.read_csv("data/demo/boxes.csv")
@@ -2662,6 +2663,7 @@ def test_hash_split_has_the_shares_and_never_changes():
         assert all(abs(rates[split] - share) < 0.01 for split, share in shares.items())
     drawn = [dp.hash_split(key) for key in ("1", "2", "30805", "a00017", "24")]
     assert drawn == ["train", "test", "train", "test", "val"]
+    assert dp.hash_split("8", dp.CARVED) == "train"  # with a tenth of validation, not more
 
 
 def test_split_table_completes_only_what_is_missing():
@@ -2957,7 +2959,6 @@ def test_damaged_images_are_named_and_the_good_ones_kept():
     assert labels["image"].tolist() == [f"i{k:03d}.png" for k in good]
     assert labels["F"].tolist() == [k % 2 for k in good]
     assert all(np.array_equal(images[n], phantom(k, 48)) for n, k in enumerate(good))
-    assert sum(meta["counts"].values()) == 7
     assert pd.read_csv("out/hashes.csv")[["height", "width"]].values.tolist() == [[48, 48]] * 7
 
 
@@ -3373,7 +3374,7 @@ def test_rsna_is_one_row_an_image_with_its_boxes_and_its_own_split():
     assert rejected == dict.fromkeys(others, "no row in the table")
     assert labels["Pneumonia"].tolist() == [int(k % 3 == 0) for k in range(30)]
     assert labels["split"].tolist() == [dp.hash_split(i, dp.BY_IMAGE) for i in labels["image"]]
-    assert str(dp.BY_IMAGE) in meta["split_rule"]
+    assert "'val': 0.15, 'test': 0.15" in meta["split_rule"]
     assert all(np.array_equal(images[k], dp.resize_xray(phantom(k), 32)) for k in (0, 29))
     expected = [[f"id-{k:03d}", "Pneumonia", 2, 4, 8, 16] for k in range(0, 30, 3)]
     expected.insert(1, ["id-000", "Pneumonia", 20, 4, 8, 8])
