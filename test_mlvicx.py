@@ -700,14 +700,12 @@ def test_pretraining_writes_its_folder_and_reports_the_probe(place, capsys):
         text = shown.split(f"\n{weights}, frozen: mean and 95 % interval")[1]
         assert re.search(r"\nmean AUROC +(\S+) \[", text)[1] == f"{mean:.3f}"
     table = pd.read_csv("runs/toy/metrics.csv")
-    assert table["epoch"].tolist() == [1, 2]
     assert table["lr"][0] == pytest.approx(m.cosine_schedule(2, 6, 6, 0.2 * 8 / 256))
     for head in ("global", "local"):
         for name in ("invariance", "variance", "covariance"):
             assert {f"{head}_{name}", f"val_{head}_{name}"} <= set(table)
         assert table[f"rank_{head}"].gt(1).all() and table[f"std_{head}"].gt(0).all()
     assert table["knn_auroc"].between(0, 1).all()
-    assert np.allclose(table["loss"], table["loss_global"] + table["loss_local"], rtol=1e-5)
     assert run_pretrain("--knn-every 1") == 0
     assert "resumes at step 6 of last.pt" in capsys.readouterr().out  # and trains nothing
     assert pd.read_csv("runs/toy/metrics.csv").equals(table)
@@ -1219,8 +1217,6 @@ def test_the_first_epochs_of_a_healthy_run_raise_no_alarm(place, capsys):
     """The running statistics of BatchNorm are young, and the embeddings in eval mode are small."""
     assert run_pretrain("--epochs 3 --batch-size 0 --trust 0.001 --embedding-dim 64") == 0
     assert "collapsed" not in capsys.readouterr().out
-    settings = read_json("runs/toy/config.json")["settings"]
-    assert settings["batch_size"] == len(m.PreparedData("toy").indices("train"))
 
 
 def test_the_validation_loss_is_that_of_all_its_images_together(place, monkeypatch):
@@ -1441,6 +1437,7 @@ def test_linear_probe_leaves_out_unknown_labels_and_survives_one_class():
     torch.manual_seed(0)
     x = torch.randn(60, 4)
     truth = (x[:, 0] > 0).float()
+    x[:, 1] = 5.1  # says nothing
     y = torch.stack([truth, torch.ones(60)], 1)
     y[::2, 0] = math.nan
     weight, bias = m.linear_probe(x, y, x, y)
@@ -1739,8 +1736,9 @@ def test_the_strength_of_the_probe_is_the_best_on_validation():
     assert len(chosen) == 2
 
 
-def test_fine_tuning_ends_with_the_weights_of_its_best_epoch(trained):
-    data = m.PreparedData("toy")
+def test_fine_tuning_ends_with_the_weights_of_its_best_epoch(trained, monkeypatch):
+    data, augment, seen = m.PreparedData("toy"), m.augment, []
+    monkeypatch.setattr(m, "augment", lambda *a: seen.append(a) or augment(*a))
     model, val = m.Classifier(m.Encoder(context="none"), 2), data.indices("val")
     scores, states, rates = iter([0.6, 0.9, 0.9, 0.8, 0.99]), [], []
 
@@ -1761,7 +1759,9 @@ def test_fine_tuning_ends_with_the_weights_of_its_best_epoch(trained):
     with register_optimizer_step_pre_hook(before_step):
         m.fit(*given, m.masked_bce, score, ("best",))
     assert len(states) == 4  # two epochs without a better score
-    assert len(set(rates)) == 8  # the rate changes with every batch
+    # Every batch has its rate and its augmentation, every epoch its order.
+    assert len(set(rates)) == len({rng.initial_seed() for *_, rng in seen}) == 8
+    assert not torch.equal(seen[0][1], seen[2][1])
     torch.testing.assert_close(dict(model.state_dict()), states[1], rtol=0, atol=0)
 
 
@@ -2836,7 +2836,8 @@ def test_torn_tails_are_cut_off(monkeypatch):
         for name in ("progress.jsonl", "images.npy", "masks.npy"):
             with open(f"out.partial/{name}", "ab") as f:
                 f.write(b'{"row": 9, "sha')
-        assert dp.main(args) == 130  # stopped again, behind the torn tails
+        assert dp.main(args) == 130  # goes on, and is stopped again
+        assert sizes[-1] == dp.HEADER + 112 * 32 * 32
     assert dp.main(args) == 0
     prep("demo --count 130 --size 32 --out whole/out")
     assert content("out") == content("whole/out")
@@ -4210,9 +4211,8 @@ def test_notebooks_02_04_and_05_have_one_pretraining():
     code = inspect.getsource(experiments.notebook_run)
     cells = read_json(HERE / "notebooks" / "02_the_method.ipynb")["cells"]
     (shown,) = ["".join(c["source"]) for c in cells if "m.MLVICX(" in "".join(c["source"])]
-    for call in (r"\.MLVICX", "RandomViews", "LARS", "schedule", "seed", r"\[:\d+].split", "range"):
-        of_both = [re.findall(rf"{call}\(.*?\)", text) for text in (code, shown)]
-        assert len(of_both[0]) == 1 and of_both[0] == of_both[1]
+    calls = re.compile(r"(?:MLVICX|RandomViews|LARS|schedule|seed|:\d+\].split|range)\(.*?\)")
+    assert calls.findall(code) == calls.findall(shown) and len(calls.findall(code)) == 7
 
 
 def test_the_speeds_of_the_readme_are_those_of_the_logs():
