@@ -2124,7 +2124,7 @@ def unreadable(path, reason="....."):
 
 def test_eight_bit_pictures_come_back_as_they_were_saved():
     picture = phantom(0)
-    for path in (save(picture, "a.png"), save_dicom(picture, "b.dcm")):
+    for path in (save(picture, "a.png"), save_dicom(picture.astype("u2"), "b.dcm", 8)):
         read = dp.read_xray(path)
         assert read.dtype == np.uint8 and np.array_equal(read, picture)
     lossy = dp.read_xray(save(picture, "c.jpg"))
@@ -3542,12 +3542,12 @@ def test_vinbig_by_any_reader_or_the_majority(readers):
     assert rejected == {"test/hidden.dicom": "no row in the table"}
     assert meta["findings"] == dp.VINBIG_FINDINGS and readers in meta["split_rule"]
     need = 1 if readers == "any" else 2
-    for k, (name, votes) in enumerate(VINBIG_VOTES.items()):
+    for k, votes in enumerate(VINBIG_VOTES.values()):
         for finding in dp.VINBIG_FINDINGS:
-            assert labels[finding][k] == int(votes.count(finding) >= need), (name, finding)
+            assert labels[finding][k] == int(votes.count(finding) >= need)
         picture = phantom(k).astype(float)
         expected = (picture - picture.min()) * 255 / np.ptp(picture)
-        assert np.abs(images[k] - expected).max() <= 1, name  # whatever depth and polarity
+        assert np.abs(images[k] - expected).max() <= 1  # whatever depth and polarity
     boxes = pd.read_csv("out/boxes.csv")
     expected = {"two": ["Cardiomegaly"] * 2, "mixed": ["ILD"] * 2, "all": ["Pleural effusion"] * 4}
     if readers == "any":
