@@ -174,6 +174,18 @@ def refused(*args, main=m.main):
     return lines[-1]
 
 
+def spy(monkeypatch, owner, name):
+    """A list to which every call of a function adds its arguments."""
+    calls, real = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(a) or real(*a, **k))
+    return calls
+
+
+def assert_same_bits(one, two):
+    """Tensors, or collections of them, are equal; so are their NaNs."""
+    torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
 # ---------------------------------------------------------------- 2. configuration
 
 
@@ -701,12 +713,14 @@ def test_pretraining_writes_its_folder_and_reports_the_probe(place, capsys):
         text = shown.split(f"\n{weights}, frozen: mean and 95 % interval")[1]
         assert re.search(r"\nmean AUROC +(\S+) \[", text)[1] == f"{mean:.3f}"
     table = pd.read_csv("runs/toy/metrics.csv")
+    assert table["epoch"].tolist() == [1, 2]
     assert table["lr"][0] == pytest.approx(m.cosine_schedule(2, 6, 6, 0.2 * 8 / 256))
     for head in ("global", "local"):
         for name in ("invariance", "variance", "covariance"):
             assert {f"{head}_{name}", f"val_{head}_{name}"} <= set(table)
         assert table[f"rank_{head}"].gt(1).all() and table[f"std_{head}"].gt(0).all()
     assert table["knn_auroc"].between(0, 1).all()
+    assert np.allclose(table["loss"], table["loss_global"] + table["loss_local"], rtol=1e-5)
     assert run_pretrain("--knn-every 1") == 0
     assert "resumes at step 6 of last.pt" in capsys.readouterr().out  # and trains nothing
     assert pd.read_csv("runs/toy/metrics.csv").equals(table)
@@ -844,7 +858,7 @@ def assert_same_run(a, b):
     encoders = [m.load_checkpoint(Path(folder, "encoder.pt"))["encoder"] for folder in (a, b)]
     assert len(states[0]["history"]) == states[0]["history"][-1]["epoch"]
     for one, two in (states, encoders):
-        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+        assert_same_bits(one, two)
 
 
 def make_training(**given):
@@ -869,7 +883,7 @@ def test_the_scaler_of_float16_is_part_of_the_state(place):
     assert m.resume(place, two)["step"] == 2
     assert two["scaler"].state_dict() == one["scaler"].state_dict()
     logs = [step(parts, views[2]) for parts in (one, two)]
-    torch.testing.assert_close(*logs, rtol=0, atol=0, equal_nan=True)
+    assert_same_bits(*logs)
 
 
 def test_a_skipped_step_of_float16_does_not_spoil_the_mean_gradient_norm(place):
@@ -899,7 +913,7 @@ def test_recording_graphs_leaves_the_model_as_it_was(monkeypatch, capsys):
     before = copy.deepcopy(model.state_dict())
     m.record_graphs(model, 4, 32, "off")
     assert "no CUDA graph, so that steps are slower: not on this" in capsys.readouterr().out
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert_same_bits(model.state_dict(), before)
 
 
 def test_a_flipped_bit_or_a_cut_anywhere_is_found_or_harmless():
@@ -1448,11 +1462,11 @@ def test_linear_probe_leaves_out_unknown_labels_and_survives_one_class():
 
 def test_frozen_results_have_their_definition(trained, monkeypatch):
     """Also: features are computed once an encoder, and what is finished is read back."""
-    predict, calls = m.predict, []
-    monkeypatch.setattr(m, "predict", lambda *a, **k: calls.append(a) or predict(*a, **k))
+    calls = spy(monkeypatch, m, "predict")
     args = "classify --seeds 2 --labels 0.2,1 --out runs/c1"
     r = evaluate(args)
     assert len(calls) == 1 and len(calls[0][2]) == 80
+    assert {"task", "data", "weights", "mode", "settings", "provenance"} <= set(r)
     assert torch.load("runs/c1/classifier.pt", weights_only=True)["findings"] == ["A", "B"]
     test, data = r["test"]["1"], m.PreparedData("toy")
     assert set(test["mean_auroc"]) == {"mean", "std", "ci95"} and test["defined_findings"] == 2
@@ -1476,8 +1490,7 @@ def test_frozen_results_have_their_definition(trained, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["frozen", "finetune"])
 def test_new_weights_or_labels_under_an_old_path_never_get_old_results(trained, monkeypatch, mode):
-    calls, subset, weights = [], m.label_subset, "runs/toy/encoder.pt"
-    monkeypatch.setattr(m, "label_subset", lambda *a: calls.append(a) or subset(*a))
+    calls, weights = spy(monkeypatch, m, "label_subset"), "runs/toy/encoder.pt"
     args = ("classify --epochs 1 --out runs/c --mode", mode)
     first = evaluate(*args)["test"]
     assert evaluate(*args)["test"] == first and len(calls) == 1  # read back
@@ -1516,14 +1529,10 @@ def test_results_of_another_precision_are_not_read_back(trained, monkeypatch):
 
 
 def test_fine_tuning_in_float16_scales_the_loss(trained, monkeypatch):
-    scaled, scale = [], torch.amp.GradScaler.scale
-    monkeypatch.setattr(
-        torch.amp.GradScaler,
-        "scale",
-        lambda self, loss: scaled.append(self.is_enabled()) or scale(self, loss),
-    )
+    calls = spy(monkeypatch, torch.amp.GradScaler, "scale")
     evaluate("classify --mode finetune --epochs 1 --amp fp16 --out runs/c")
     evaluate("classify --mode finetune --epochs 1 --out runs/d")
+    scaled = [scaler.is_enabled() for scaler, _ in calls]
     half = len(scaled) // 2
     assert scaled == [True] * half + [False] * half and half > 0
 
@@ -1738,8 +1747,7 @@ def test_the_strength_of_the_probe_is_the_best_on_validation():
 
 
 def test_fine_tuning_ends_with_the_weights_of_its_best_epoch(trained, monkeypatch):
-    data, augment, seen = m.PreparedData("toy"), m.augment, []
-    monkeypatch.setattr(m, "augment", lambda *a: seen.append(a) or augment(*a))
+    data, seen = m.PreparedData("toy"), spy(monkeypatch, m, "augment")
     model, val = m.Classifier(m.Encoder(context="none"), 2), data.indices("val")
     scores, states, rates = iter([0.6, 0.9, 0.9, 0.8]), [], []
 
@@ -1759,10 +1767,12 @@ def test_fine_tuning_ends_with_the_weights_of_its_best_epoch(trained, monkeypatc
 
     with register_optimizer_step_pre_hook(before_step):
         m.fit(*given, m.masked_bce, score, ("best",))
-    # Four epochs, two of them without a better score. Every batch has its rate and augmentation.
-    assert len(set(rates)) == len({rng.initial_seed() for *_, rng in seen}) == 8
+    # Four epochs, two of them without a better score. Every batch has its augmentation and a lower
+    # rate than the one before; the second epoch has another order, and all see whole images.
+    assert len(rates) == len({rng.initial_seed() for *_, rng in seen}) == 8
+    assert rates == sorted(set(rates), reverse=True)
     assert not torch.equal(seen[0][1], seen[2][1]) and seen[0][2].crop_min == 1
-    torch.testing.assert_close(dict(model.state_dict()), states[1], rtol=0, atol=0)
+    assert_same_bits(dict(model.state_dict()), states[1])
 
 
 @pytest.mark.parametrize(
